@@ -1,0 +1,14 @@
+"""Operators: one folder each, one signature each, several implementations.
+
+``OPERATORS`` lists the implementations of every operator by name; ``explain`` in each folder says which one ``auto`` takes.
+"""
+
+from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
+from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
+from seqzoo.kernels import short_conv as _short_conv
+
+OPERATORS = {
+    "short_conv": _short_conv.IMPLEMENTATIONS,
+    "gated_linear_attention": _gated_linear_attention.IMPLEMENTATIONS,
+    "gated_delta_rule": _gated_delta_rule.IMPLEMENTATIONS,
+}

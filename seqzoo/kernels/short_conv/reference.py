@@ -1,0 +1,36 @@
+"""The equation, one token at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def short_conv(x, weight, bias, state, starts, activation):
+    size = weight.shape[1]
+    window = x.new_zeros(len(x), size - 1, x.shape[2]) if state is None else state
+    outputs = []
+    for t, token in enumerate(x.unbind(1)):
+        if starts is not None:
+            window = window.masked_fill(starts[:, t, None, None], 0)
+        window = torch.cat([window, token[:, None].to(window.dtype)], 1)
+        y = (window * weight.T).sum(1)
+        outputs.append(y if bias is None else y + bias)
+        window = window[:, 1:]
+    y = torch.stack(outputs, 1)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype), window
+
+
+def example(
+    batch: int = 2, time: int = 37, channels: int = 6, size: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> dict[str, Tensor]:
+    """Random inputs in legal ranges, as keyword arguments of the operator."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = {
+        "x": (batch, time, channels),
+        "weight": (channels, size),
+        "bias": (channels,),
+        "state": (batch, size - 1, channels),
+    }
+    return {name: torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}

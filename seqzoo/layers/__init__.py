@@ -1,0 +1,33 @@
+"""The catalogue: every mixer, by family. A new layer is its own file and one line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from seqzoo.layers.attention import Attention
+from seqzoo.layers.gated_deltanet import GatedDeltaNet
+from seqzoo.layers.mamba2 import Mamba2
+from seqzoo.layers.short_conv import ShortConv
+from seqzoo.layers.swiglu import SwiGLU
+
+FAMILIES = {
+    "attention": (Attention,),
+    "state space": (Mamba2,),
+    "delta rule": (GatedDeltaNet,),
+    "convolution": (ShortConv,),
+    "feed-forward": (SwiGLU,),
+}
+
+LAYERS = tuple(layer for family in FAMILIES.values() for layer in family)
+
+__all__ = ["FAMILIES", "LAYERS", "Attention", "GatedDeltaNet", "Mamba2", "ShortConv", "SwiGLU"]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str):
+        from difflib import get_close_matches
+
+        names = [layer.__name__ for layer in LAYERS]
+        near = get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise AttributeError(f"seqzoo.layers has no layer {name!r}; {hint}")

@@ -1,0 +1,109 @@
+"""Mamba-2: a state-space model with one scalar decay a head, run as masked matmuls (Dao & Gu 2024, https://arxiv.org/abs/2405.21060).
+
+Left out: the variants without a gated norm, and a skip weight for each channel in place of each head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from seqzoo.kernels.gated_linear_attention import gated_linear_attention
+from seqzoo.mixer import Mixer
+from seqzoo.parts.decay import SoftplusDecay
+from seqzoo.parts.norm import GroupRMSNorm
+from seqzoo.parts.short_conv import CausalConv
+
+
+class Mamba2State(NamedTuple):
+    """What a sequence leaves behind: the state-space memory (float32 or better), and the convolution's last inputs."""
+
+    memory: Float[Tensor, "batch head state channel"]
+    conv: Float[Tensor, "batch size_minus_one channel"]
+
+
+class Mamba2(Mixer):
+    """Linear-time memory that adds each input to a decaying state; how fast it decays depends on the input.
+
+        [z, x, B, C, dt] = W u,  [x, B, C] = silu(conv([x, B, C])),  dt = softplus(dt + dt_bias),  A = -exp(A_log)
+        S_t = e^{A dt} S_{t-1} + B (dt x)^T,   y = W_out(rmsnorm((S_t^T C + D x) * silu(z)))
+
+    Args:
+        dim: width of the input and output.
+        state_size: rows of each head's memory, the size of B and C.
+        head_dim: channels of a head; must divide ``expand * dim``.
+        expand: inner width as a multiple of ``dim``.
+        num_groups: B and C are shared by the heads of a group; must divide the number of heads.
+        conv_size: taps of the short convolution.
+        norm_eps: added to the mean square in the gated norm.
+        backend: ``auto``, ``chunked`` or ``reference``.
+
+    Raises:
+        ValueError: sizes do not fit together.
+    """
+
+    state_formula = "heads·state_size·head_dim + (conv_size-1)·(heads·head_dim+2·groups·state_size)"
+    operators = ("gated_linear_attention", "short_conv")
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state_size: int = 128,
+        head_dim: int = 64,
+        expand: int = 2,
+        num_groups: int = 1,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        inner = expand * dim
+        if head_dim < 1 or inner < 1 or inner % head_dim:
+            raise ValueError(f"head_dim={head_dim} does not divide the inner width expand * dim = {inner}")
+        num_heads = inner // head_dim
+        if num_groups < 1 or num_heads % num_groups:
+            raise ValueError(f"num_groups={num_groups} does not divide the {num_heads} heads of {head_dim} channels")
+        if state_size < 1:
+            raise ValueError(f"state_size={state_size}: a memory needs at least 1 row")
+        self.num_heads, self.head_dim, self.num_groups, self.rows = num_heads, head_dim, num_groups, state_size
+        self.backend = backend
+        self.widths = [inner, num_groups * state_size, num_groups * state_size]
+        self.projection = nn.Linear(dim, inner + sum(self.widths) + num_heads, bias=False)
+        self.conv = CausalConv(sum(self.widths), conv_size, bias=True, activation="silu", backend=backend)
+        self.decay = SoftplusDecay(num_heads, rate_range=(1.0, 16.0))
+        self.skip = nn.Parameter(torch.empty(num_heads))
+        self.norm = GroupRMSNorm(inner, groups=num_groups, eps=norm_eps)
+        self.out = nn.Linear(inner, dim, bias=False)
+        nn.init.ones_(self.skip)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.ones_(self.skip)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: Mamba2State | None = None,
+        starts: Bool[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time dim"], Mamba2State]:
+        z, xbc, step = self.projection(x).split([self.widths[0], sum(self.widths), self.num_heads], -1)
+        xbc, conv = self.conv(xbc, state and state.conv, starts)
+        u, b, c = xbc.split(self.widths, -1)
+        u = rearrange(u, "b t (h p) -> b t h p", h=self.num_heads)
+        b, c = (rearrange(w, "b t (g n) -> b t g n", g=self.num_groups) for w in (b, c))
+        step, log_decay = self.decay(step)
+        y, memory = gated_linear_attention(
+            c, b, u * step[..., None].to(u.dtype), log_decay, state and state.memory, starts, backend=self.backend
+        )
+        y = y + self.skip[:, None].to(u.dtype) * u
+        return self.out(self.norm(rearrange(y, "b t h p -> b t (h p)") * F.silu(z))), Mamba2State(memory, conv)
+
+    def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
+        wide = torch.promote_types(dtype, torch.float32)
+        return self.num_heads * self.rows * self.head_dim * wide.itemsize + self.conv.state_bytes(dtype)

@@ -1,0 +1,42 @@
+"""SwiGLU: the gated MLP of most language models (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from seqzoo.mixer import Mixer, NoState
+
+
+class SwiGLU(Mixer):
+    """Per-token features behind a gate: ``out(silu(gate(x)) * up(x))``; tokens do not see each other.
+
+    Args:
+        dim: width of the input and output.
+        hidden: inner width; None for ``8/3 dim`` rounded up to a multiple of 8, which costs what a plain MLP of ``4 dim`` does.
+
+    Raises:
+        ValueError: ``hidden`` is below 1.
+    """
+
+    def __init__(self, dim: int, *, hidden: int | None = None) -> None:
+        super().__init__()
+        hidden = -(-8 * dim // 24) * 8 if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"hidden={hidden}: the inner width is at least 1")
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, dim, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: NoState | None = None,
+        starts: Bool[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time dim"], NoState]:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.out(F.silu(gate) * up), NoState()
+
+    def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
+        return 0

@@ -1,0 +1,1 @@
+"""What layers share: norms, rotary positions, the short convolution, decays and key-value memories."""

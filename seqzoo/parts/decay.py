@@ -1,0 +1,53 @@
+"""Input-dependent decay of Mamba-2 and Gated DeltaNet: a learned rate times a learned, input-driven step.
+
+    dt_t = softplus(x_t + dt_bias),    g_t = -exp(A_log) dt_t
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+SMALLEST_STEP = 1e-4
+
+
+class SoftplusDecay(nn.Module):
+    """The two equations above, in float32 or better whatever comes in.
+
+    Args:
+        num_heads: heads, each with a rate and a bias of its own.
+        rate_range: exp(A_log) starts uniform in this range; both above 0.
+        step_range: softplus(dt_bias) starts log-uniform in this range.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        rate_range: tuple[float, float],
+        step_range: tuple[float, float] = (1e-3, 1e-1),
+    ) -> None:
+        super().__init__()
+        self.rate_range, self.step_range = rate_range, step_range
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.A_log.uniform_(*self.rate_range).log_()
+        low, high = (math.log(bound) for bound in self.step_range)
+        step = self.dt_bias.uniform_(low, high).exp_().clamp_(min=SMALLEST_STEP)
+        step.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def forward(
+        self, x: Float[Tensor, "batch time head"]
+    ) -> tuple[Float[Tensor, "batch time head"], Float[Tensor, "batch time head"]]:
+        """The steps dt and the log decays g."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        step = F.softplus(x.to(wide) + self.dt_bias.to(wide))
+        return step, -self.A_log.to(wide).exp() * step
