@@ -1,6 +1,6 @@
 """Length generalization: the loss at every position far beyond the training length (Buitrago and Gu 2025, https://arxiv.org/abs/2507.02782).
 
-The paper also follows the norm of the state and scores tasks; only its first and main measure, loss by position, is here.
+The paper also follows the norm of the state and scores tasks; only its main measure, loss by position, is here.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class LengthReport:
 
 def measure_lengths(
     net: nn.Module,
-    documents: Sequence[UInt8[Tensor, " byte"]],
+    documents: Sequence[UInt8[Tensor, " _"]],
     *,
     train_length: int,
     multiples: Sequence[int] = (1, 2, 4, 8, 16, 32),
@@ -121,8 +121,9 @@ def measure_lengths(
     """Read windows of the longest length once, through the carried state, and report the loss at every position.
 
     Windows begin where documents begin; when there are too few documents, their later parts serve as further windows
-    that share no predicted token. Every window starts from an empty state. Logits never outlive a chunk, so beside
-    the net's own state the memory in use is one chunk of one batch, whatever the length.
+    that share no predicted token; standard errors take them for independent. Every window starts from an empty state.
+    Logits never outlive a chunk, so beside the net's own state the memory in use does not grow with the length, but
+    for one number a position.
 
     Args:
         net: a language model, ``net(tokens, state) -> (logits, state)``; runs in eval mode, in its own precision.
@@ -168,12 +169,12 @@ def measure_lengths(
             module.training = training
 
     losses = torch.cat([read[0] for read in reads])
-    seconds = torch.tensor([read[2] for read in reads]).sum(0).tolist()
+    seconds = [sum(times) for times in zip(*(read[2] for read in reads), strict=True)]
     rows = []
     for index, (multiple, mark) in enumerate(zip(multiples, marks, strict=True)):
         loss, loss_error = _mean_and_error(losses[:, :mark])
         depth_loss, depth_loss_error = _mean_and_error(losses[:, mark - train_length : mark])
-        read_here = len(losses) * (mark - (marks[index - 1] if index else 0))
+        tokens_read = len(losses) * (mark - (marks[index - 1] if index else 0))
         rows.append(
             LengthRow(
                 multiple=multiple,
@@ -185,7 +186,7 @@ def measure_lengths(
                 perplexity=float(torch.tensor(loss).exp()),
                 bits_per_byte=loss / NATS_PER_BIT,
                 state_bytes=reads[0][1][index],
-                tokens_per_second=read_here / seconds[index],
+                tokens_per_second=tokens_read / seconds[index],
             )
         )
     return LengthReport(losses, train_length, len({index for index, _ in chosen}), tuple(rows))
@@ -201,7 +202,7 @@ def _choose_windows(lengths: Sequence[int], length: int) -> list[tuple[int, int]
 def _read(
     net: nn.Module, tokens: Integer[Tensor, "window position_plus_one"], marks: Sequence[int], chunk: int
 ) -> tuple[Float[Tensor, "window position"], list[int], list[float]]:
-    """The loss at every position; and up to each mark, the state's bytes a sequence and the seconds since the last mark."""
+    """The loss at every position; at each mark, the state's bytes a sequence and the seconds since the mark before."""
     losses, state_bytes, seconds = [], [], []
     state, begin = None, 0
     for mark in marks:
@@ -217,7 +218,8 @@ def _read(
     return torch.cat(losses, 1), state_bytes, seconds
 
 
-def _standard_error(values: Float[Tensor, "window *rest"]) -> Float[Tensor, "*rest"]:
+def _standard_error(values: Tensor) -> Tensor:
+    """Standard error of the mean over the first axis, the windows; NaN for a single window."""
     if len(values) == 1:
         return torch.full_like(values[0], math.nan)
     return values.std(0) / math.sqrt(len(values))
@@ -231,22 +233,19 @@ def _mean_and_error(losses: Float[Tensor, "window position"]) -> tuple[float, fl
 
 def write_lengths(reports: Mapping[str, LengthReport], path: str | Path) -> None:
     """Write a CSV file with one row for each model and multiple of the training length."""
-    show.write_csv(
-        path,
-        [
-            {"model": name, "train_length": report.train_length, **asdict(row)}
-            | {"windows": report.windows, "documents": report.documents}
-            for name, report in reports.items()
-            for row in report.rows
-        ],
-    )
+    rows = [
+        {"model": name, "train_length": report.train_length, **asdict(row)}
+        | {"windows": report.windows, "documents": report.documents}
+        for name, report in reports.items()
+        for row in report.rows
+    ]
+    show.write_csv(rows, path)
 
 
 def write_length_curves(reports: Mapping[str, LengthReport], path: str | Path) -> None:
-    """Write the curves of ``plot_lengths`` as a CSV file, one row for each model and bin of positions, in nats per token."""
-    show.write_csv(
-        path, [{"model": name, **asdict(point)} for name, report in reports.items() for point in report.curve()]
-    )
+    """Write the curves as a CSV file with one row for each model and bin of positions, in nats per token."""
+    rows = [{"model": name, **asdict(point)} for name, report in reports.items() for point in report.curve()]
+    show.write_csv(rows, path)
 
 
 def length_table(reports: Mapping[str, LengthReport]) -> rich.table.Table:
@@ -258,10 +257,10 @@ def length_table(reports: Mapping[str, LengthReport]) -> rich.table.Table:
             "model": lambda line: line[0],
             "length": lambda line: f"{line[1].multiple}x",
             "tokens": lambda line: f"{line[1].tokens:,}",
-            "nats/token": lambda line: f"{line[1].loss:.3f} ± {line[1].loss_error:.3f}",
-            "at that depth": lambda line: f"{line[1].depth_loss:.3f} ± {line[1].depth_loss_error:.3f}",
-            "perplexity": lambda line: f"{line[1].perplexity:.2f}",
-            "bits/byte": lambda line: f"{line[1].bits_per_byte:.3f}",
+            "bits/byte\nso far": lambda line: f"{line[1].bits_per_byte:.3f}",
+            "bits/byte\nat that depth": lambda line: (
+                f"{line[1].depth_loss / NATS_PER_BIT:.3f} ± {line[1].depth_loss_error / NATS_PER_BIT:.3f}"
+            ),
             "state": lambda line: show.bytes_text(line[1].state_bytes),
             "tokens/s": lambda line: f"{line[1].tokens_per_second:,.0f}",
         },
@@ -290,25 +289,24 @@ def plot_lengths(reports: Mapping[str, LengthReport], path: str | Path) -> None:
     show.set_axes(left, "Loss at each position", "position (tokens; a token is a byte)", "loss (bits per byte)")
     show.set_axes(right, "Memory at each length", "length (tokens)", "state per sequence")
 
-    curves, sizes = {}, {}
+    losses, states = {}, {}
     for index, (name, report) in enumerate(reports.items()):
         style = show.line_style(index)
-        points = [point for point in report.curve() if point.position > train_lengths[0] / 8]
+        points = [
+            point for point in report.curve() if point.position > train_lengths[0] / 8 and math.isfinite(point.loss)
+        ]
         x = [point.position for point in points]
         y = [point.loss / NATS_PER_BIT for point in points]
-        error = [point.loss_error / NATS_PER_BIT for point in points]
-        (curves[name],) = left.plot(x, y, **style | {"marker": ""})
-        low, high = ([value + sign * size for value, size in zip(y, error, strict=True)] for sign in (-1, 1))
+        low, high = ([(point.loss + sign * point.loss_error) / NATS_PER_BIT for point in points] for sign in (-1, 1))
+        left.plot(x, y, markersize=0, **style)
         left.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        lengths, state_bytes = (
-            [row.tokens for row in report.rows],
-            [show.on_log_axis(row.state_bytes) for row in report.rows],
-        )
-        (sizes[name],) = right.plot(lengths, state_bytes, markersize=5, **style)
-    for axes in (left, right):
-        for train_length in train_lengths:
-            axes.axvline(train_length, color=show.FAINT, linestyle=(0, (4, 3)), linewidth=1.2, zorder=0)
+        lengths, sizes = zip(*((row.tokens, show.on_log_axis(row.state_bytes)) for row in report.rows), strict=True)
+        right.plot(lengths, sizes, markersize=5, **style)
+        losses |= {name: (x[-1], y[-1], style["color"])} if points else {}
+        states[name] = (lengths[-1], sizes[-1], style["color"])
     for train_length in train_lengths:
+        for axes in (left, right):
+            axes.axvline(train_length, color=show.FAINT, linestyle=(0, (4, 3)), linewidth=1.2, zorder=0)
         left.annotate(
             f" training length {train_length}",
             (train_length, 1),
@@ -317,8 +315,8 @@ def plot_lengths(reports: Mapping[str, LengthReport], path: str | Path) -> None:
             size=show.TEXT_POINTS - 1,
             color=show.FAINT,
         )
-    show.label_ends(left, curves)
-    show.label_ends(right, sizes)
+    show.label_ends(figure, left, losses)
+    show.label_ends(figure, right, states)
     show.save_figure(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Associative recall: who binds keys to values, how fast it learns to, and what memory it pays (Arora et al. 2023, https://arxiv.org/abs/2312.04927)."""
+"""Associative recall: accuracy, learning speed and memory of models side by side (Arora et al. 2023, https://arxiv.org/abs/2312.04927)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from seqzoo.evals import report as show
+from seqzoo.models.language_model import IGNORED
 
 if TYPE_CHECKING:
     import rich.table
-
-UNLABELLED = -100
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class RecallResult:
             )
         if self.vocab_size < 2 * self.num_pairs or self.num_pairs < 1:
             raise ValueError(
-                f"num_pairs={self.num_pairs}, vocab_size={self.vocab_size} of {self.name!r}: expected at least one pair, "
-                "and twice as many ids as pairs"
+                f"num_pairs={self.num_pairs}, vocab_size={self.vocab_size} of {self.name!r}: "
+                "expected at least one pair, and twice as many ids as pairs"
             )
 
     @property
@@ -105,11 +104,11 @@ class RecallAccuracy(Metric):
         Raises:
             ValueError: there are not as many predictions as labelled positions.
         """
-        asked = labels != UNLABELLED
+        asked = labels != IGNORED
         if predictions.shape != (int(asked.sum()),):
             raise ValueError(
                 f"predictions of shape {tuple(predictions.shape)}: expected one for each of the {int(asked.sum())} "
-                f"labelled positions, as in logits[labels != {UNLABELLED}].argmax(-1)"
+                f"labelled positions, as in logits[labels != {IGNORED}].argmax(-1)"
             )
         right = asked.clone()
         right[asked] = predictions == labels[asked]
@@ -125,28 +124,24 @@ class RecallAccuracy(Metric):
 
 def write_recall(results: Iterable[RecallResult], path: str | Path) -> None:
     """Write a CSV file with one row for each model, the best first."""
-    show.write_csv(
-        path,
-        [
-            {"name": result.name, "accuracy": result.mean_accuracy}
-            | {f"accuracy_{segment}": value for segment, value in result.accuracy.items()}
-            | {"chance": result.chance, "floor": result.floor, "parameters": result.parameters}
-            | {"state_bytes": result.state_bytes, "steps": result.steps, "seconds": result.seconds}
-            for result in _best_first(results)
-        ],
-    )
+    rows = [
+        {"name": result.name, "accuracy": result.mean_accuracy}
+        | {f"accuracy_{segment}": value for segment, value in result.accuracy.items()}
+        | {"chance": result.chance, "floor": result.floor, "parameters": result.parameters}
+        | {"state_bytes": result.state_bytes, "steps": result.steps, "seconds": result.seconds}
+        for result in _best_first(results)
+    ]
+    show.write_csv(rows, path)
 
 
 def write_recall_curves(results: Iterable[RecallResult], path: str | Path) -> None:
     """Write the training curves as a CSV file with one row for each model and evaluated step."""
-    show.write_csv(
-        path,
-        [
-            {"name": result.name, "step": step, "accuracy": accuracy}
-            for result in results
-            for step, accuracy in result.history
-        ],
-    )
+    rows = [
+        {"name": result.name, "step": step, "accuracy": accuracy}
+        for result in results
+        for step, accuracy in result.history
+    ]
+    show.write_csv(rows, path)
 
 
 def recall_table(results: Iterable[RecallResult]) -> rich.table.Table:
@@ -176,36 +171,45 @@ def plot_recall(results: Sequence[RecallResult], path: str | Path) -> None:
     """Draw accuracy against training step, and final accuracy against state, of all models into one PNG.
 
     Raises:
-        ValueError: there are no results.
+        ValueError: there are no results, or two of one name.
     """
-    if not results:
+    names = [result.name for result in results]
+    if not names:
         raise ValueError("results=[]: nothing to draw; give at least one result")
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"results are named {', '.join(names)}: every name may stand once, or curves cannot be told apart"
+        )
     figure, (left, right) = show.two_panels(
         "Associative recall: how fast it is learned, and in how much memory",
-        "Accuracy: fraction of the asked keys whose value is answered right, averaged over rows and segments. Curves end where training did.",
+        "Accuracy: fraction of the asked keys whose value is answered right, over rows and segments. "
+        "A curve ends where training did.",
         left_width=1.25,
     )
-    show.set_log_axis(right, "x", show.bytes_text, 5)
+    show.set_log_axis(right, "x", show.bytes_text, 4)
     show.set_axes(left, "Accuracy during training", "training step", "accuracy")
     show.set_axes(right, "Final accuracy by memory", "state per sequence", "accuracy")
-    curves, points = {}, {}
+    ends, points = {}, {}
     for index, result in enumerate(results):
         style = show.line_style(index)
         steps, accuracy = [step for step, _ in result.history], [value for _, value in result.history]
-        (curves[result.name],) = left.plot(steps, accuracy, markersize=5, markevery=[-1], **style)
+        left.plot(steps, accuracy, markersize=5, markevery=[-1], **style)
         size = show.on_log_axis(result.state_bytes)
         right.plot(size, result.mean_accuracy, markersize=8, markerfacecolor="none", markeredgewidth=2.5, **style)
+        ends |= {result.name: (steps[-1], accuracy[-1], style["color"])} if steps else {}
         points[result.name] = (size, result.mean_accuracy, style["color"])
+    last_step = max(result.steps for result in results)
     for name, value in _guess_lines(results).items():
         style = {"color": show.FAINT, "linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 0}
-        (curves[name],) = left.plot([0, max(result.steps for result in results)], [value, value], **style)
+        left.plot([0, last_step], [value, value], **style)
         right.axhline(value, **style)
+        ends[name] = (last_step, value, show.FAINT)
     for axes in (left, right):
         axes.set_ylim(-0.03, 1.06)
     sizes = [size for size, _, _ in points.values()]
-    right.set_xlim(min(sizes) / 2, max(sizes) * 2)
-    show.label_ends(left, curves)
-    show.label_points(right, points)
+    right.set_xlim(min(sizes) / 3, max(sizes) * 3)
+    show.label_ends(figure, left, ends)
+    show.label_points(figure, right, points)
     show.save_figure(figure, path)
 
 
@@ -215,5 +219,5 @@ def _best_first(results: Iterable[RecallResult]) -> list[RecallResult]:
 
 def _guess_lines(results: Iterable[RecallResult]) -> dict[str, float]:
     """What guessing reaches, by name."""
-    chances = {f"guessing a value: 1/{result.vocab_size // 2}": result.chance for result in results}
-    return {f"guessing in the row: 1/{result.num_pairs}": result.floor for result in results} | chances
+    chances = {f"guess any value: 1/{result.vocab_size // 2}": result.chance for result in results}
+    return {f"guess within row: 1/{result.num_pairs}": result.floor for result in results} | chances

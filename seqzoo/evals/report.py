@@ -1,6 +1,7 @@
-"""How every evaluation is shown: a CSV file, a rich table, and one style of figure in colours that everybody can tell apart.
+"""How every evaluation is shown: a CSV file, a rich table, and one style of figure.
 
-Colours follow Okabe and Ito (https://jfly.uni-koeln.de/color/); the light ones are darkened, because names are written in them.
+The colours keep the hues of Okabe and Ito (https://jfly.uni-koeln.de/color/), darkened until names written in them
+stand 3:1 from white, and moved apart until no colour blindness brings two of them near each other (17 apart in CIE76).
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
-    import matplotlib.lines
     import rich.table
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#C05A94", "#222222", "#B98500", "#3F9FDB")
+COLORS = ("#0055B8", "#A84A08", "#008A55", "#CC3B95", "#222222", "#B88D00", "#2696FF")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+MARKERS = ("o", "s", "D", "^", "v", "<", ">")
 INK, FAINT = "#333333", "#8A8A8A"
 TEXT_POINTS = 10
+Point = tuple[int | float, int | float, str]  # x, y, color
+SIDES = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1))
 
 
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Write ``rows`` under a header that names every key in the order of first appearance.
 
     Raises:
@@ -42,27 +44,28 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def make_table(title: str, columns: Mapping[str, Callable[[Any], str]], rows: Iterable[Any]) -> rich.table.Table:
     """A table with one line a row; ``columns`` maps each header to what it says about a row."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, header in enumerate(columns):
-        table.add_column(header, justify="right" if index else "left", no_wrap=True)
+        table.add_column(header, justify="right" if index else "left", no_wrap=index > 0, vertical="bottom")
     for row in rows:
         table.add_row(*(say(row) for say in columns.values()))
     return table
 
 
-def bytes_text(number: float) -> str:
-    """``number`` bytes in the largest binary unit that leaves at least one: ``1536`` is ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024:
-            return f"{number:.3g} {unit}"
+def bytes_text(number: int | float) -> str:
+    """``number`` bytes in the largest binary unit that leaves at least one, to three digits: 1536 is ``1.5 KiB``."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while number >= 1024 and len(units) > 1:
         number /= 1024
-    return f"{number:.3g} TiB"
+        units.pop(0)
+    return f"{number:.0f} {units[0]}" if number >= 100 else f"{number:.3g} {units[0]}"
 
 
-def tokens_text(number: float) -> str:
-    """``number`` tokens for an axis: ``512``, ``4K`` for 4096."""
+def tokens_text(number: int | float) -> str:
+    """``number`` tokens for an axis: 512 is ``512``, 4096 is ``4K``."""
     return f"{number:g}" if number < 1024 else f"{number / 1024:g}K"
 
 
@@ -78,12 +81,12 @@ def two_panels(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(10, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 4.6), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left", weight="bold", size=13, color=INK)
     figure.supxlabel(note, x=0.01, ha="left", size=9, color=FAINT)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     return figure, figure.subplots(1, 2, width_ratios=(left_width, 1))
 
 
@@ -122,7 +125,10 @@ def on_log_axis(size: int) -> int:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The places nearest to ``wanted`` (least squares) that stand ``gap`` apart, and between ``low`` and ``high`` if they fit."""
+    """The places nearest to ``wanted``, in least squares, that stand ``gap`` apart between ``low`` and ``high``.
+
+    Where that range is too short for all of them, they go on past ``high``.
+    """
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     blocks: list[tuple[float, int]] = []
     for rank, index in enumerate(order):
@@ -138,22 +144,16 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return places
 
 
-def label_ends(axes: matplotlib.axes.Axes, lines: Mapping[str, matplotlib.lines.Line2D]) -> None:
-    """Write each line's name in its colour at the right edge, apart from the others, with a thin lead from its last point."""
-    figure = axes.get_figure(root=True)
+def label_ends(figure: matplotlib.figure.Figure, axes: matplotlib.axes.Axes, ends: Mapping[str, Point]) -> None:
+    """Write names at the right edge, clear of each other, each led to from the end of its line."""
     figure.draw_without_rendering()
-    ends = {
-        name: [point for point in line.get_xydata() if abs(point).max() < float("inf")] for name, line in lines.items()
-    }
-    ends = {name: points[-1] for name, points in ends.items() if points}
-    height = axes.bbox.height
-    wanted = [axes.transAxes.inverted().transform(axes.transData.transform(end))[1] for end in ends.values()]
-    gap = TEXT_POINTS * 1.3 * figure.dpi / 72 / height
-    for (name, end), place in zip(ends.items(), spread(wanted, gap, 0.0, 1.0), strict=True):
-        color = lines[name].get_color()
+    to_axes = (axes.transData + axes.transAxes.inverted()).transform
+    wanted = [to_axes((x, y))[1] for x, y, _ in ends.values()]
+    gap = TEXT_POINTS * 1.3 * figure.dpi / 72 / axes.bbox.height
+    for (name, (x, y, color)), place in zip(ends.items(), spread(wanted, gap, 0.0, 1.0), strict=True):
         axes.annotate(
             name,
-            xy=tuple(end),
+            xy=(x, y),
             xytext=(1.04, place),
             textcoords="axes fraction",
             va="center",
@@ -163,18 +163,18 @@ def label_ends(axes: matplotlib.axes.Axes, lines: Mapping[str, matplotlib.lines.
         )
 
 
-def label_points(axes: matplotlib.axes.Axes, points: Mapping[str, tuple[float, float, str]]) -> None:
-    """Write a name beside each point ``(x, y, color)``, at the nearest place that covers no other name and no point.
+def label_points(figure: matplotlib.figure.Figure, axes: matplotlib.axes.Axes, points: Mapping[str, Point]) -> None:
+    """Write a name beside each point, at the nearest place that covers no other name and no point.
 
     The figure keeps its layout from here on, so this comes last.
     """
-    figure = axes.get_figure(root=True)
+    from matplotlib.transforms import Bbox
+
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     scale = figure.dpi / 72
     marks = {name: axes.transData.transform((x, y)) for name, (x, y, _) in points.items()}
-    names = []
-    frame = axes.bbox.extents
+    frame, names = axes.bbox, []
     for name, (x, y, color) in points.items():
         probe = axes.annotate(name, (x, y), size=TEXT_POINTS, ha="center", va="center")
         box = probe.get_window_extent()
@@ -182,15 +182,15 @@ def label_points(axes: matplotlib.axes.Axes, points: Mapping[str, tuple[float, f
         taken = list(names)
         for mark in marks.values():  # beside a mark that stands apart, the name would seem to be that mark's
             room = (5 if abs(mark - marks[name]).max() < 10 * scale else 14) * scale
-            taken.append((mark[0] - room, mark[1] - room, mark[0] + room, mark[1] + room))
-        for ring, (right, up) in product(
-            range(1, 12), ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1))
-        ):
+            taken.append(Bbox([mark - room, mark + room]))
+        for ring, (right, up) in product(range(1, 12), SIDES):
             reach = 8 * scale * ring
             move_x, move_y = right * (reach + box.width / 2), up * (reach + box.height / 2)
-            place = (box.x0 + move_x, box.y0 + move_y, box.x1 + move_x, box.y1 + move_y)
-            inside = place[0] >= frame[0] and place[1] >= frame[1] and place[2] <= frame[2] and place[3] <= frame[3]
-            if inside and not any(_overlap(place, other) for other in taken):
+            if up:  # above and below, the name may slide sideways to stay in the panel
+                move_x += max(0, frame.x0 - box.x0 - move_x) - max(0, box.x1 + move_x - frame.x1)
+            place = box.translated(move_x, move_y)
+            inside = frame.contains(place.x0, place.y0) and frame.contains(place.x1, place.y1)
+            if inside and not place.count_overlaps(taken):
                 break
         names.append(place)
         axes.annotate(
@@ -209,10 +209,6 @@ def label_points(axes: matplotlib.axes.Axes, points: Mapping[str, tuple[float, f
 def _lead(color: str) -> dict[str, Any]:
     """The thin line between a name and what it names."""
     return {"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4}
-
-
-def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def save_figure(figure: matplotlib.figure.Figure, path: str | Path) -> None:

@@ -30,7 +30,9 @@ def choose(operator: str, implementations: Mapping[str, Callable[..., Any]], bac
         return "reference" if time == 1 else "chunked"
     if backend not in implementations:
         why = PLANNED.get(backend, "there is no such backend")
-        raise ValueError(f"backend={backend!r} cannot run {operator}: {why}; use {', '.join(['auto', *implementations])}")
+        raise ValueError(
+            f"backend={backend!r} cannot run {operator}: {why}; use {', '.join(['auto', *implementations])}"
+        )
     return backend
 
 

@@ -65,7 +65,9 @@ class Attention(Mixer):
         if positions not in ("rope", "none"):
             raise ValueError(f"positions={positions!r}: use 'rope' or 'none'")
         if positions == "rope" and dim // num_heads % 2:
-            raise ValueError(f"head size dim/num_heads={dim // num_heads} is odd; rotary positions need pairs of channels")
+            raise ValueError(
+                f"head size dim/num_heads={dim // num_heads} is odd; rotary positions need pairs of channels"
+            )
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length}: use 1 or more, or None for no limit")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, dim // num_heads

@@ -39,7 +39,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Langu
     Raises:
         ValueError: there is no such file, it is damaged, or it was not written by seqzoo.
     """
-    file = _find(Path(path))
+    file = find_checkpoint(Path(path))
     config, weights = _read_safetensors(file) if file.suffix == ".safetensors" else _read_lightning(file)
     net = build_model(config)
     missing, unexpected = net.load_state_dict(weights, strict=False)
@@ -66,11 +66,18 @@ def build_model(config: dict[str, Any]) -> LanguageModel:
         raise ValueError(f"the model's config cannot be built: {' '.join(str(error).split())}") from error
 
 
-def _find(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
+    """The file that ``path`` means: itself, or the newest checkpoint in a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
     if path.is_dir():
         found = [file for suffix in ("ckpt", "safetensors") for file in path.rglob(f"*.{suffix}")]
         if not found:
-            raise ValueError(f"checkpoint folder {path} holds no .ckpt or .safetensors file; train first, or name a file")
+            raise ValueError(
+                f"checkpoint folder {path} holds no .ckpt or .safetensors file; train first, or name a file"
+            )
         return max(found, key=lambda file: file.stat().st_mtime)
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist; name a .ckpt or .safetensors file, or a run's folder")

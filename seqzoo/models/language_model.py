@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from seqzoo.mixer import Mixer, reset_parameters
 
-EMBEDDING_STD = 0.02
+EMBEDDING_STD = 0.3
+HEAD_STD = 0.02
+IGNORED = -100
+"""The label of a position where nothing is asked, as in ``torch.nn.functional.cross_entropy``."""
+
 NORMS: dict[str, type[nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
@@ -26,7 +30,8 @@ class LanguageModel(nn.Module):
 
     ``pattern`` is repeated ``repeats`` times; each of its names is looked up in ``layers`` and builds one sublayer.
     Output projections are scaled by one over the root of the number of sublayers, so that the residual stream starts
-    at the same scale at any depth.
+    at the same scale at any depth. Embeddings start at a standard deviation of 0.3, well above what a sublayer adds at
+    first, so that later sublayers still see which token stands where; tied ones at ``dim ** -0.5``, for logits of unit scale.
 
     Args:
         vocab_size: number of tokens; 256 for bytes.
@@ -95,8 +100,9 @@ class LanguageModel(nn.Module):
         self._scale_parameters()
 
     def _scale_parameters(self) -> None:
-        nn.init.normal_(self.unembedding.weight, std=EMBEDDING_STD)
-        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        tied = self.unembedding.weight is self.embedding.weight
+        nn.init.normal_(self.unembedding.weight, std=HEAD_STD)
+        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5 if tied else EMBEDDING_STD)
         for mixer in self.mixers:
             mixer.scale_output(len(self.mixers) ** -0.5)
 
@@ -172,4 +178,6 @@ def _describe(name: str, factory: Callable[[int], Mixer]) -> dict[str, Any]:
         if isinstance(part, type) and issubclass(part, Mixer):
             settings = dict(factory.keywords) if isinstance(factory, functools.partial) else {}
             return {"class_path": f"{part.__module__}.{part.__qualname__}", "init_args": settings}
-    raise ValueError(f"layer {name!r} is given as a function; pass a mixer class or a functools.partial of one to save it")
+    raise ValueError(
+        f"layer {name!r} is given as a function; pass a mixer class or a functools.partial of one to save it"
+    )

@@ -1,6 +1,6 @@
 """Input-dependent decay of Mamba-2 and Gated DeltaNet: a learned rate times a learned, input-driven step.
 
-    dt_t = softplus(x_t + dt_bias),    g_t = -exp(A_log) dt_t
+dt_t = softplus(x_t + dt_bias),    g_t = -exp(A_log) dt_t
 """
 
 from __future__ import annotations

@@ -54,9 +54,7 @@ class CausalConv(nn.Module):
         state: Float[Tensor, "batch size_minus_one channel"] | None = None,
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time channel"], Float[Tensor, "batch size_minus_one channel"]]:
-        return short_conv(
-            x, self.weight, self.bias, state, starts, activation=self.activation, backend=self.backend
-        )
+        return short_conv(x, self.weight, self.bias, state, starts, activation=self.activation, backend=self.backend)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one sequence's state."""

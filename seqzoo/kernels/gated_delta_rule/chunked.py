@@ -21,7 +21,8 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, starts):
     dtype, time = accumulation_dtype(v), v.shape[1]
     chunks = Chunks(log_decay.to(dtype), starts, CHUNK)
     q, k, v32 = (
-        rearrange(chunks.split(z.to(dtype)), "b n c h d -> b n h c d") for z in (share_heads(q, v), share_heads(k, v), v)
+        rearrange(chunks.split(z.to(dtype)), "b n c h d -> b n h c d")
+        for z in (share_heads(q, v), share_heads(k, v), v)
     )
     beta = rearrange(chunks.split(beta.to(dtype)), "b n c h -> b n h c 1")
     between, from_start = chunks.decay_between(), chunks.decay_from_start()[..., None]

@@ -48,7 +48,9 @@ def short_conv(
     """
     batch, time, channels = x.shape
     if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; x of {channels} channels needs [{channels}, size >= 1]")
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; x of {channels} channels needs [{channels}, size >= 1]"
+        )
     if state is not None and state.shape != (batch, weight.shape[1] - 1, channels):
         raise ValueError(f"state has shape {tuple(state.shape)}; expected {(batch, weight.shape[1] - 1, channels)}")
     run = IMPLEMENTATIONS[choose("short_conv", IMPLEMENTATIONS, backend, time)]

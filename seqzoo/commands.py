@@ -1,0 +1,242 @@
+"""What ``seqzoo layers | show | generate | lengths | recall`` do: each a function of plain settings."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from seqzoo.data import TextData
+    from seqzoo.evals import LengthReport, RecallResult
+    from seqzoo.mixer import Mixer
+
+CONFIG_FILE = "config.yaml"
+
+
+def layers() -> None:
+    """List the mixers that a config can name."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from seqzoo.kernels import OPERATORS
+    from seqzoo.layers import FAMILIES
+
+    table = Table(
+        "layer", "family", "paper, numbers in the state of a sequence, operators and their kernels", box=SIMPLE_HEAD
+    )
+    for family, members in FAMILIES.items():
+        for layer in members:
+            facts = [_paper(layer), f"state: {layer.state_formula}"]
+            facts += [f"{name}: {', '.join(OPERATORS[name])}" for name in layer.operators]
+            table.add_row(layer.__name__, family, "\n".join(facts), end_section=True)
+    Console().print(table)
+
+
+def show(name: str) -> None:
+    """Print one layer's idea, equation, settings with their defaults, and state.
+
+    Args:
+        name: a layer of the catalogue, such as GatedDeltaNet.
+    """
+    from seqzoo import layers as catalogue
+    from seqzoo.kernels import OPERATORS
+
+    try:
+        layer = getattr(catalogue, name)
+    except AttributeError as error:
+        raise ValueError(str(error)) from error
+    if layer not in catalogue.LAYERS:
+        raise ValueError(f"{name!r} is not a layer; there are {', '.join(each.__name__ for each in catalogue.LAYERS)}")
+    say = Console(highlight=False, markup=False, soft_wrap=True).print
+    say(f"seqzoo.layers.{name}\n\n{inspect.getdoc(inspect.getmodule(layer))}\n\n{inspect.getdoc(layer)}\n\nDefaults:")
+    for parameter in list(inspect.signature(layer).parameters.values())[1:]:
+        say(f"    {parameter.name}: {parameter.annotation} = {parameter.default!r}")
+    constant = "constant" if layer(32).constant_state else "grows with the tokens read (T)"
+    say(f"\nState: {layer.state_formula} numbers a sequence; with the defaults it is {constant}.")
+    for operator in layer.operators:
+        say(f"Operator: {operator} ({', '.join(OPERATORS[operator])})")
+
+
+def generate(
+    checkpoint: str,
+    prompt: str = "def ",
+    max_new_tokens: int = 300,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt with a byte-level model and print the text as it comes.
+
+    Args:
+        checkpoint: a .ckpt or .safetensors file, or a run's folder, of which the newest checkpoint is taken.
+        prompt: text to continue; at least one character.
+        max_new_tokens: bytes to draw.
+        temperature: divides the logits; 0 takes the most likely byte.
+        top_k: draw among the k most likely bytes only.
+        top_p: draw among the most likely bytes that together reach this probability.
+        seed: of the draw.
+    """
+    import codecs
+
+    import torch
+
+    from seqzoo.models import load_model, stream
+
+    net = load_model(checkpoint)
+    if net.vocab_size != 256:
+        raise ValueError(f"checkpoint {checkpoint} has vocab_size={net.vocab_size}; text needs a model of bytes, 256")
+    tokens = stream(
+        net,
+        [torch.tensor(list(prompt.encode()), dtype=torch.long)],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    print(prompt, end="", flush=True)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        print(decoder.decode(bytes([int(token)])), end="", flush=True)
+    print()
+
+
+def lengths(
+    checkpoints: list[str],
+    files: list[str] | None = None,
+    train_length: int | None = None,
+    multiples: list[int] = [1, 2, 4, 8, 16, 32],  # noqa: B006 (never changed)
+    windows: int = 16,
+    output: str = "runs/lengths",
+) -> dict[str, LengthReport]:
+    """Measure the loss at every position up to many times the training length; write a table, CSV files and a picture.
+
+    Args:
+        checkpoints: files or run folders of models of bytes.
+        files: text to read; the held-out files of the first run's own data by default.
+        train_length: tokens the models were trained on at a time; the first run's own by default.
+        multiples: lengths to report, in training lengths.
+        windows: how many stretches of text to read.
+        output: folder for lengths.csv, curves.csv and lengths.png.
+    """
+    from seqzoo.evals import length_table, measure_lengths, plot_lengths, write_length_curves, write_lengths
+    from seqzoo.models import load_model
+
+    if not checkpoints:
+        raise ValueError("checkpoints=[]: name at least one file or run folder")
+    nets = {_run_name(Path(checkpoint)): load_model(checkpoint) for checkpoint in checkpoints}
+    data = _text_data(Path(checkpoints[0]), files)
+    documents = data.held_out_documents()
+    reports = {}
+    for name, net in nets.items():
+        reports[name] = measure_lengths(
+            net, documents, train_length=train_length or data.sequence_length, multiples=multiples, windows=windows
+        )
+    folder = Path(output)
+    write_lengths(reports, folder / "lengths.csv")
+    write_length_curves(reports, folder / "curves.csv")
+    plot_lengths(reports, folder / "lengths.png")
+    Console().print(length_table(reports))
+    print(f"written to {folder}: lengths.csv, curves.csv, lengths.png")
+    return reports
+
+
+def recall(
+    configs: list[str],
+    output: str = "runs/recall",
+    overrides: list[str] = [],  # noqa: B006 (never changed)
+) -> list[RecallResult]:
+    """Train each config on associative recall, score it on fresh rows; write a table, CSV files and a picture.
+
+    Args:
+        configs: config files whose data is seqzoo.tasks.MQARData.
+        output: folder for the runs, recall.csv, curves.csv and recall.png.
+        overrides: settings for all of them, such as trainer.max_steps=100.
+    """
+    from seqzoo.evals import plot_recall, recall_table, write_recall, write_recall_curves
+
+    if not configs:
+        raise ValueError("configs=[]: name at least one config file")
+    results = [_train_recall(config, output, overrides) for config in configs]
+    folder = Path(output)
+    write_recall(results, folder / "recall.csv")
+    write_recall_curves(results, folder / "curves.csv")
+    plot_recall(results, folder / "recall.png")
+    Console().print(recall_table(results))
+    print(f"written to {folder}: recall.csv, curves.csv, recall.png")
+    return results
+
+
+def _train_recall(config: str, output: str, overrides: list[str]) -> RecallResult:
+    from seqzoo.evals import RecallResult
+    from seqzoo.tasks import MQARData
+    from seqzoo.training.command import TrainingCommand
+    from seqzoo.training.history import History
+
+    history = History("val/accuracy")
+    arguments = ["--config", config, f"--trainer.default_root_dir={output}", *(f"--{each}" for each in overrides)]
+    command = TrainingCommand(arguments, run=False, callbacks=(history,))
+    data, net = command.datamodule, command.model.net
+    if not isinstance(data, MQARData):
+        raise ValueError(f"config {config} has data of {type(data).__name__}; recall needs seqzoo.tasks.MQARData")
+    begin = time.perf_counter()
+    command.trainer.fit(command.model, datamodule=data)
+    seconds, steps = time.perf_counter() - begin, command.trainer.global_step
+    [scores, *_] = command.trainer.test(command.model, datamodule=data, verbose=False)
+    names = data.validation_names
+    accuracy = {name: scores["test/accuracy" if len(names) == 1 else f"test/accuracy/{name}"] for name in names}
+    return RecallResult(
+        name=Path(config).stem.removeprefix("mqar_"),
+        accuracy=accuracy,
+        history=history.values,
+        vocab_size=data.vocab_size,
+        num_pairs=min(segment.pairs for segment in data.validation_segments),
+        parameters=net.num_parameters(),
+        state_bytes=net.state_bytes(max(segment.length for segment in data.validation_segments)),
+        steps=steps,
+        seconds=seconds,
+    )
+
+
+def _paper(layer: type[Mixer]) -> str:
+    """What the first line of a layer's file cites."""
+    first = (inspect.getdoc(inspect.getmodule(layer)) or "").splitlines()[0]
+    cited = re.search(r"\(([^()]+?), (https?://[^)]+)\)", first)
+    return f"{cited[1]}, {cited[2]}" if cited else first
+
+
+def _run_folder(checkpoint: Path) -> Path | None:
+    """The folder of the run that wrote ``checkpoint``: the nearest one that holds its config."""
+    from seqzoo.models.checkpoint import find_checkpoint
+
+    return next((folder for folder in find_checkpoint(checkpoint).parents if (folder / CONFIG_FILE).is_file()), None)
+
+
+def _run_name(checkpoint: Path) -> str:
+    folder = _run_folder(checkpoint)
+    return checkpoint.stem if folder is None else folder.parent.name
+
+
+def _text_data(checkpoint: Path, files: list[str] | None) -> TextData:
+    """The text that a run was trained on, with its held-out part; or ``files``, all of it held out."""
+    from jsonargparse import ArgumentParser
+    from yaml import safe_load
+
+    from seqzoo.data import TextData
+
+    folder = _run_folder(checkpoint)
+    settings: dict[str, Any] = {} if folder is None else safe_load((folder / CONFIG_FILE).read_text())["data"]
+    if settings and settings.get("class_path", "").rpartition(".")[2] != "TextData":
+        raise ValueError(f"checkpoint {checkpoint} was not trained on text but on {settings.get('class_path')}")
+    parser = ArgumentParser()
+    parser.add_class_arguments(TextData, "data")
+    data = parser.instantiate_classes(parser.parse_object({"data": settings.get("init_args", {})})).data
+    if files:
+        data = TextData(files=files, sequence_length=data.sequence_length, validation_fraction=1 - 1e-9)
+    return data

@@ -1,0 +1,97 @@
+"""``seqzoo fit | validate | test``: Lightning's command line with this project's module, defaults and run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from seqzoo.training.language_modeling import LanguageModeling
+from seqzoo.training.parse_errors import explain_parse_error
+from seqzoo.training.progress import ProgressBar
+from seqzoo.training.random_state import RandomState
+
+RUNS = "runs"
+
+
+class TrainingCommand(LightningCLI):
+    """Parses a config and its overrides, builds model, data and trainer, and runs one of Lightning's commands.
+
+    Everything a run writes goes to ``runs/NAME/version_N``: its config, ``metrics.csv`` and checkpoints.
+
+    Args:
+        args: the command line without the program's name, such as ``["fit", "--config", "hybrid.yaml"]``; without
+            the command when ``run`` is False.
+        run: False to build ``trainer``, ``model`` and ``datamodule`` without running them.
+        callbacks: further callbacks, for callers that watch the run.
+    """
+
+    def __init__(self, args: list[str], *, run: bool = True, callbacks: tuple[Callback, ...] = ()) -> None:
+        self._watchers = callbacks
+        self.run = run
+        super().__init__(
+            LanguageModeling,
+            L.LightningDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"exit_on_error": False, "prog": "seqzoo"},
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        shown = LightningCLI.subcommands()
+        return {name: shown[name] | {"weights_only"} for name in ("fit", "validate", "test")}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            chosen = self._subcommand_parsers.get(args[0], parser) if args and self.run else parser
+            known = chosen.get_defaults(skip_validation=True).keys(branches=True)
+            raise ValueError(explain_parse_error(str(error), known)) from error
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="folder of the run; the config's name by default"
+        )
+        parser.set_defaults(
+            {
+                "data": {"class_path": "seqzoo.data.TextData"},
+                "trainer.default_root_dir": RUNS,
+                "trainer.enable_model_summary": False,
+                "trainer.gradient_clip_val": 1.0,
+                "trainer.log_every_n_steps": 10,
+                "trainer.max_epochs": -1,
+            }
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+        files = config.get("config") or []
+        name = config["name"] or (Path(str(files[0])).stem if files else "run")
+        if config["trainer"]["logger"] in (None, True):
+            kwargs["logger"] = CSVLogger(config["trainer"]["default_root_dir"], name=name)
+        self.trainer_defaults = {"callbacks": self._callbacks(config["trainer"])}
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, trainer: Any) -> list[Callback]:
+        callbacks: list[Callback] = [RandomState(), *self._watchers]
+        if trainer["logger"] is not False:
+            callbacks.append(LearningRateMonitor("step"))
+        if trainer["enable_checkpointing"] is not False:
+            best = "best-{step}"
+            callbacks.append(
+                ModelCheckpoint(filename=best, monitor="val/loss", save_last=True, enable_version_counter=False)
+            )
+        if trainer["enable_progress_bar"] is not False:
+            callbacks.append(ProgressBar())
+        return callbacks

@@ -1,0 +1,570 @@
+"""The laws that every mixer keeps, each tested once over the whole catalogue, and what the catalogue promises about itself."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import math
+import random
+import typing
+from functools import partial
+from pathlib import Path
+
+import docstring_parser
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from seqzoo import Mixer, clone_state, detach_state, layers, measure_state, starts_from_cu_seqlens
+from seqzoo.kernels import OPERATORS
+from seqzoo.layers import FAMILIES, LAYERS, Attention, GatedDeltaNet, Mamba2, ShortConv, SwiGLU
+from seqzoo.parts.key_value_memory import KeyValueBuffer
+
+DIM, BATCH, TIME = 32, 2, 70
+
+# Each setting that changes what a layer computes is changed at least once; the laws hold for all of these.
+VARIANTS = [
+    partial(Attention, num_heads=8, num_kv_heads=2, rope_base=100.0),
+    partial(Attention, positions="none"),
+    partial(Attention, window=5, max_length=100_000),
+    partial(Attention, window=5, sinks=2),
+    partial(Attention, window=100, sinks=3, num_kv_heads=1),
+    partial(Attention, window=5, positions="none"),
+    partial(Mamba2, state_size=6, head_dim=8, num_groups=2, norm_eps=1e-3),
+    partial(Mamba2, state_size=6, head_dim=16, expand=1, conv_size=1),
+    partial(Mamba2, state_size=6, backend="reference"),
+    partial(GatedDeltaNet, num_heads=2, key_dim=5, value_dim=3, conv_size=2, norm_eps=1e-3),
+    partial(GatedDeltaNet, conv_size=1, backend="reference"),
+    partial(ShortConv, conv_size=5),
+    partial(ShortConv, conv_size=1),
+    partial(ShortConv, backend="reference"),
+    partial(SwiGLU, hidden=24),
+]
+CASES = [partial(layer) for layer in LAYERS] + VARIANTS
+
+
+def title(case):
+    return f"{case.func.__name__}({', '.join(f'{name}={value}' for name, value in case.keywords.items())})"
+
+
+def cut_at_random(seed):
+    dice = random.Random(seed)
+    cuts = sorted(dice.sample(range(1, TIME), dice.randint(3, 12)))
+    return [end - begin for begin, end in zip([0, *cuts], [*cuts, TIME], strict=True)]
+
+
+SPLITS = {f"cut at {cut}": [cut, TIME - cut] for cut in (1, 16, 36)}
+SPLITS |= {"token by token": [1] * TIME} | {f"random {seed}": cut_at_random(seed) for seed in range(3)}
+
+
+@pytest.fixture(params=CASES, ids=title)
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def mixer(case):
+    torch.manual_seed(0)
+    return case(DIM).double()
+
+
+@pytest.fixture
+def x():
+    return draw(BATCH, TIME, seed=1)
+
+
+def draw(batch, time, *, seed=0, dtype=torch.float64):
+    return torch.randn(batch, time, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def draw_starts(batch, time, *, seed=0):
+    """Documents of about eight tokens, at other places in every row."""
+    return torch.rand(batch, time, generator=torch.Generator().manual_seed(seed)) < 1 / 8
+
+
+def run(mixer, x, sizes, starts=None, state=None):
+    """Outputs and last state of calls over pieces of ``sizes`` tokens, each going on from the state of the one before."""
+    begins = [None] * len(sizes) if starts is None else starts.split(sizes, 1)
+    outputs = []
+    for piece, begin in zip(x.split(sizes, 1), begins, strict=True):
+        y, state = mixer(piece, state, begin)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+def meaning(state):
+    """What a state says, as a list: of a key-value buffer, the open document of every row and not the room behind it."""
+
+    def open_documents(part):
+        if not isinstance(part, KeyValueBuffer):
+            return part
+        used = part.filled.shape[1]
+        spans = [(row, used - length) for row, length in enumerate(part.position.tolist())]
+        return [part.position] + [kept[row, begin:used] for kept in (part.keys, part.values) for row, begin in spans]
+
+    return tree_leaves(tree_map(open_documents, state, is_leaf=lambda part: isinstance(part, KeyValueBuffer)))
+
+
+def take_rows(state, rows):
+    return tree_map(lambda leaf: leaf.index_select(0, torch.tensor(rows)), state)
+
+
+def floats(tensors):
+    return [tensor for tensor in tree_leaves(tensors) if tensor.is_floating_point()]
+
+
+def assert_same(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def everything(mixer, x, sizes, starts):
+    """Outputs, what the last state says, and the gradients of a random reading of both."""
+    x = x.clone().requires_grad_()
+    y, state = run(mixer, x, sizes, starts)
+    random = torch.Generator().manual_seed(3)
+    read = sum((z * torch.randn(z.shape, generator=random, dtype=z.dtype)).sum() for z in [y, *floats(meaning(state))])
+    return y, meaning(state), torch.autograd.grad(read, [x, *mixer.parameters()])
+
+
+# Law 1: causal.
+
+
+@pytest.mark.parametrize("cut", [1, 16, 36, TIME - 1])
+def test_the_future_changes_the_past_only_of_mixers_that_say_so(mixer, x, cut):
+    other = torch.cat([x[:, :cut], 3 * draw(BATCH, TIME - cut, seed=2)], 1)
+    same = torch.allclose(mixer(x)[0][:, :cut], mixer(other)[0][:, :cut], rtol=1e-9, atol=1e-12)
+    assert same == mixer.causal
+
+
+# Law 2: splitting.
+
+
+@pytest.mark.parametrize("starts", [None, draw_starts(BATCH, TIME)], ids=["one document", "many documents"])
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+def test_any_split_with_the_state_carried_is_one_call(mixer, x, sizes, starts):
+    assert_same(everything(mixer, x, sizes, starts), everything(mixer, x, [TIME], starts))
+
+
+@pytest.mark.parametrize("starts", [None, draw_starts(BATCH, TIME)], ids=["one document", "many documents"])
+@pytest.mark.parametrize("autograd_off", [torch.no_grad, torch.inference_mode])
+def test_a_state_that_is_updated_in_place_says_the_same(mixer, x, autograd_off, starts):
+    y, state = mixer(x, None, starts)
+    for sizes in SPLITS.values():
+        with autograd_off():
+            pieces, last = run(mixer, x, sizes, starts)
+        assert_same([pieces, meaning(last)], [y, meaning(state)])
+
+
+@torch.no_grad()
+def test_a_clone_of_the_state_outlives_the_decoding_that_goes_on_from_it(mixer, x):
+    # The first token after 16 makes room in a key-value buffer, so that those that follow are written in place.
+    prompt, rest = x.split([17, TIME - 17], 1)
+    tokens = [1] * rest.shape[1]
+    _, state = run(mixer, prompt, [16, 1])
+    snapshot = clone_state(state)
+    before = clone_state(snapshot)
+    first = run(mixer, rest, tokens, state=state)
+    assert_same(meaning(snapshot), meaning(before), tolerance=0)
+    again = run(mixer, rest, tokens, state=clone_state(snapshot))
+    once_more = run(mixer, rest, tokens, state=snapshot)
+    expected = mixer(x)[0][:, 17:]
+    for y, last in (first, again, once_more):
+        assert_same([y, meaning(last)], [expected, meaning(first[1])])
+
+
+def test_a_detached_state_passes_values_and_no_gradients(mixer, x):
+    x.requires_grad_()
+    state = detach_state(mixer(x[:, :36])[1])
+    y, _ = mixer(x[:, 36:], state)
+    assert_same(y, mixer(x)[0][:, 36:])
+    assert not torch.autograd.grad(y.sum(), x)[0][:, :36].any()
+
+
+# Law 3: starts.
+
+
+def test_packed_documents_are_the_same_documents_alone(mixer, x):
+    rows = [[5, 1, 33, 31], [20, 50]]
+    starts = torch.cat([starts_from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0)) for lengths in rows])
+    y, state = mixer(x, None, starts)
+    for row, lengths in enumerate(rows):
+        alone = [mixer(document) for document in x[row : row + 1].split(lengths, 1)]
+        assert_same(y[row : row + 1], torch.cat([part for part, _ in alone], 1))
+        assert_same(meaning(take_rows(state, [row])), meaning(alone[-1][1]))
+
+
+def test_left_padding_changes_nothing(mixer, x):
+    lengths = [TIME, 33, 1]
+    prompts = [draw(1, length, seed=length) for length in lengths]
+    padded = torch.cat([torch.cat([100 * draw(1, TIME - p.shape[1], seed=9), p], 1) for p in prompts])
+    starts = torch.zeros(len(lengths), TIME, dtype=torch.bool)
+    starts[range(len(lengths)), [TIME - length for length in lengths]] = True
+    y, state = mixer(padded, None, starts)
+    for row, prompt in enumerate(prompts):
+        alone, own = mixer(prompt)
+        assert_same(y[row : row + 1, -prompt.shape[1] :], alone)
+        assert_same(meaning(take_rows(state, [row])), meaning(own))
+        for time in (1, 20):
+            more = x[:1, :time]
+            assert_same(mixer(more, take_rows(state, [row]))[0], mixer(more, own)[0])
+
+
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+def test_starts_that_never_come_are_no_starts(mixer, x, sizes):
+    y, state = run(mixer, x, sizes, torch.zeros(BATCH, TIME, dtype=torch.bool))
+    expected, last = mixer(x)
+    assert_same([y, meaning(state)], [expected, meaning(last)])
+
+
+@pytest.mark.parametrize("time", [1, 2, 65])
+def test_a_start_at_the_first_token_forgets_the_state(mixer, x, time):
+    _, old = mixer(100 * draw(BATCH, 40, seed=5))
+    starts = torch.zeros(BATCH, time, dtype=torch.bool)
+    starts[:, 0] = True
+    y, state = mixer(x[:, :time], old, starts)
+    expected, fresh = mixer(x[:, :time])
+    assert_same([y, meaning(state)], [expected, meaning(fresh)])
+
+
+# Law 4: rows and lengths.
+
+
+def test_batch_rows_are_independent(mixer, x):
+    y, state = run(mixer, x, [50, 20])
+    for row in range(BATCH):
+        alone, own = run(mixer, x[row : row + 1], [50, 20])
+        assert_same([y[row : row + 1], meaning(take_rows(state, [row]))], [alone, meaning(own)])
+
+
+@pytest.mark.parametrize("starts", [None, draw_starts(3, TIME)], ids=["one document", "many documents"])
+def test_reordering_the_rows_of_a_state_is_reordering_the_inputs(mixer, starts):
+    beams, rows = draw(3, TIME), [2, 0, 0, 1]
+    _, state = mixer(beams[:, :40], None, None if starts is None else starts[:, :40])
+    for time in (1, 30):
+        rest = draw(4, time, seed=4)
+        y, last = mixer(rest, take_rows(state, rows))
+        chosen = torch.cat([beams[rows, :40], rest], 1)
+        begins = None if starts is None else torch.cat([starts[rows, :40], torch.zeros(4, time, dtype=torch.bool)], 1)
+        expected, whole = mixer(chosen, None, begins)
+        assert_same([y, meaning(last)], [expected[:, 40:], meaning(whole)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("time", [1, 2, 3, 63, 64, 65, 100])
+def test_every_length_works(mixer, time):
+    x = draw(BATCH, time, seed=time)
+    y, state = mixer(x)
+    assert y.shape == x.shape
+    stepped, last = run(mixer, x, [1] * time)
+    assert_same([stepped, meaning(last)], [y, meaning(state)])
+
+
+# Law 5: learning.
+
+
+def test_every_parameter_learns_also_from_a_loss_after_the_state(mixer, x):
+    x.requires_grad_()
+    _, state = mixer(x[:, :30])
+    y, _ = mixer(x[:, 30:], state)
+    y.square().sum().backward()
+    dead = [
+        name
+        for name, p in mixer.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
+    ]
+    assert not dead
+    remembers = any(leaf.numel() for leaf in floats(state))
+    assert x.grad[:, :30].any() == remembers
+
+
+# Law 6: hostile inputs.
+
+HOSTILE = {
+    "huge": lambda x: 1e4 * x,
+    "tiny": lambda x: 1e-4 * x,
+    "zero": torch.zeros_like,
+    "all up": lambda x: torch.full_like(x, 1e4),
+    "all down": lambda x: torch.full_like(x, -1e4),
+    "one token of 1e4": lambda x: x.index_fill(1, torch.tensor([10]), 1e4),
+    "a token repeated": lambda x: x[:, :1].expand_as(x),
+}
+
+
+def assert_finite_throughout(mixer, x):
+    x = x.clone().requires_grad_()
+    starts = draw_starts(BATCH, 30)
+    y, state = mixer(x[:, :40])
+    z, last = mixer(x[:, 40:], state, starts)
+    reads = [y, z, *floats(last)]
+    assert all(part.isfinite().all() for part in reads)
+    gradients = torch.autograd.grad(
+        sum(part.float().mean() for part in reads if part.numel()), [x, *mixer.parameters()]
+    )
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_inputs_leave_everything_finite(mixer, dtype, change):
+    assert_finite_throughout(mixer.to(dtype), change(draw(BATCH, TIME, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [30.0, -30.0])
+def test_saturated_gates_leave_everything_finite(mixer, dtype, value):
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(value)
+    assert_finite_throughout(mixer.to(dtype), draw(BATCH, TIME, dtype=dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_64k_tokens_leave_everything_finite(mixer, dtype):
+    mixer, state, time = mixer.to(dtype), None, 2**16
+    pieces = draw(1, time, dtype=dtype).split(2**10, 1)
+    with torch.no_grad():
+        for piece in pieces[:-1]:
+            y, state = mixer(piece, state)
+            assert y.isfinite().all()
+    x = pieces[-1].clone().requires_grad_()
+    y, state = mixer(x, state)
+    reads = [y, *floats(state)]
+    gradients = torch.autograd.grad(
+        sum(part.float().mean() for part in reads if part.numel()), [x, *mixer.parameters()]
+    )
+    assert all(part.isfinite().all() for part in [*reads, *gradients])
+
+
+# Law 7: compilation, and construction without memory.
+
+
+def assert_compiles(mixer, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend=backend)
+    x, starts = draw(BATCH, 12).requires_grad_(), draw_starts(BATCH, 5)
+    parameters = [x, *mixer.parameters()]
+
+    def read(call):
+        y, state = call(x[:, :6])
+        z, state = call(x[:, 6:11], state, starts)
+        last, state = call(x[:, 11:], state)
+        outputs = [y, z, last, *meaning(state)]
+        return outputs, torch.autograd.grad(sum(part.square().sum() for part in floats(outputs)), parameters)
+
+    assert_same(read(compiled), read(mixer))
+    with torch.no_grad():
+        assert_same(*([y, meaning(state)] for y, state in (run(call, x, [6, 5, 1]) for call in (compiled, mixer))))
+
+
+def test_compiles_in_one_graph(mixer):
+    assert_compiles(mixer, "aot_eager")
+
+
+@pytest.mark.slow
+def test_compiles_to_machine_code(mixer):
+    assert_compiles(mixer, "inductor")
+
+
+def test_a_mixer_built_without_memory_is_filled_by_reset_parameters(case):
+    torch.manual_seed(0)
+    expected = case(DIM).state_dict()
+    with torch.device("meta"):
+        mixer = case(DIM)
+    assert all(parameter.is_meta for parameter in mixer.parameters())
+    mixer.to_empty(device="cpu")
+    for tensor in mixer.state_dict().values():
+        tensor.fill_(math.nan)
+    torch.manual_seed(0)
+    mixer.reset_parameters()
+    assert_same(mixer.state_dict(), expected, tolerance=0)
+    assert mixer(draw(1, 9, dtype=torch.float32))[0].isfinite().all()
+
+
+# Law 8: the size of the state.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_state_bytes_is_the_size_of_the_state(mixer, dtype):
+    mixer = mixer.to(dtype)
+    for batch, time in ((1, 1), (3, 7), (2, TIME)):
+        _, state = mixer(draw(batch, time, dtype=dtype))
+        assert measure_state(state) == batch * mixer.state_bytes(time, dtype=dtype)
+
+
+def test_a_state_is_constant_in_size_if_and_only_if_the_mixer_says_so(mixer):
+    sizes = {measure_state(mixer(draw(1, time))[1]) for time in (1, 4, 64, 130)}
+    assert (len(sizes) == 1) == mixer.constant_state
+    assert (mixer.state_bytes(10) == mixer.state_bytes(10**6)) == mixer.constant_state
+
+
+@torch.no_grad()
+def test_a_decoded_state_takes_at_most_twice_what_it_says(mixer):
+    x, state = draw(1, 130), None
+    for time, token in enumerate(x.split(1, 1), 1):
+        _, state = mixer(token, state)
+        assert measure_state(state) <= 2 * mixer.state_bytes(time, dtype=x.dtype)
+
+
+@torch.no_grad()
+def test_a_state_keeps_no_activations_in_memory(mixer):
+    _, state = mixer(draw(1, 1000))
+    held = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in tree_leaves(state)}
+    assert sum(held.values()) <= 2 * mixer.state_bytes(1000, dtype=torch.float64)
+
+
+def test_a_state_is_tensors_with_the_batch_first(mixer, x):
+    _, state = mixer(x)
+    assert isinstance(state, tuple) and hasattr(state, "_fields")
+    assert all(isinstance(leaf, torch.Tensor) and len(leaf) == BATCH for leaf in tree_leaves(state))
+
+
+# What the stack, mixed precision and the config rely on.
+
+
+def test_mixed_precision_is_close(mixer):
+    mixer, x = mixer.float(), draw(BATCH, TIME, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = run(mixer, x, [40, 29, 1])
+    expected, _ = mixer(x)
+    assert (y - expected).norm() < 0.02 * expected.norm()
+    y.float().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in mixer.parameters())
+
+
+@torch.no_grad()
+def test_scale_output_scales_the_output(mixer, x):
+    expected = mixer(x)[0] / 4
+    mixer.scale_output(0.25)
+    assert_same(mixer(x)[0], expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_constructor_is_the_config(layer):
+    dim, *settings = inspect.signature(layer).parameters.values()
+    types = typing.get_type_hints(layer.__init__)
+    assert (dim.name, types["dim"], dim.default) == ("dim", int, inspect.Parameter.empty)
+    for setting in settings:
+        assert setting.kind is inspect.Parameter.KEYWORD_ONLY, f"{setting} can be given without its name"
+        assert setting.default is not inspect.Parameter.empty, f"{setting} has no default"
+        assert setting.name in types, f"{setting} has no type"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_docstring_explains_every_setting(layer):
+    text = docstring_parser.parse(inspect.getdoc(layer))
+    assert text.short_description
+    assert [setting.arg_name for setting in text.params] == list(inspect.signature(layer).parameters)
+    assert all(setting.description for setting in text.params)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_class_describes_itself(layer):
+    mixer = layer(DIM)
+    assert set(layer.operators) <= set(OPERATORS)
+    assert (layer.state_formula.strip() == "0") == (mixer.state_bytes(100) == 0)
+    shapes = {name: parameter.ndim for name, parameter in mixer.named_parameters()}
+    assert all(shapes[name] > 1 for name in layer.no_weight_decay)
+
+
+def test_the_catalogue_lists_every_layer_of_the_folder_once():
+    names = {path.stem for path in Path(layers.__file__).parent.glob("*.py")} - {"__init__"}
+    modules = [importlib.import_module(f"seqzoo.layers.{name}") for name in names]
+    found = {
+        thing
+        for module in modules
+        for thing in vars(module).values()
+        if inspect.isclass(thing) and issubclass(thing, Mixer) and thing.__module__ == module.__name__
+    }
+    assert set(LAYERS) == found and len(LAYERS) == len(found)
+    assert [layer for family in FAMILIES.values() for layer in family] == list(LAYERS)
+    assert set(layers.__all__) == {"FAMILIES", "LAYERS", *(layer.__name__ for layer in LAYERS)}
+
+
+@pytest.mark.parametrize("path", sorted(Path(layers.__file__).parent.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_no_layer_imports_another(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        assert not any(name.startswith("seqzoo.layers") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [("Atention", "did you mean Attention"), ("Mamba", "did you mean Mamba2"), ("Zzz", "there are Attention, ")],
+)
+def test_the_catalogue_answers_a_misspelling(name, answer):
+    with pytest.raises(AttributeError, match=answer):
+        getattr(layers, name)
+
+
+@pytest.mark.parametrize(
+    ("build", "parts"),
+    [
+        (lambda: Attention(30, num_heads=4), ["num_heads=4", "dim=30"]),
+        (lambda: Attention(32, num_heads=0), ["num_heads=0", "dim=32"]),
+        (lambda: Attention(32, num_kv_heads=3), ["num_kv_heads=3", "num_heads=4"]),
+        (lambda: Attention(32, num_kv_heads=0), ["num_kv_heads=0", "num_heads=4"]),
+        (lambda: Attention(32, window=0), ["window=0", "1 or more", "None"]),
+        (lambda: Attention(32, sinks=2), ["sinks=2", "window=None"]),
+        (lambda: Attention(32, window=4, sinks=-1), ["sinks=-1", "0 or more"]),
+        (lambda: Attention(32, positions="alibi"), ["positions='alibi'", "'rope'", "'none'"]),
+        (lambda: Attention(12, num_heads=4), ["dim/num_heads=3", "odd", "rotary"]),
+        (lambda: Attention(32, max_length=0), ["max_length=0", "1 or more", "None"]),
+        (lambda: Mamba2(32, head_dim=48), ["head_dim=48", "64"]),
+        (lambda: Mamba2(32, head_dim=0), ["head_dim=0", "64"]),
+        (lambda: Mamba2(32, expand=0), ["expand", "0"]),
+        (lambda: Mamba2(32, head_dim=16, num_groups=3), ["num_groups=3", "4 heads"]),
+        (lambda: Mamba2(32, num_groups=0), ["num_groups=0"]),
+        (lambda: Mamba2(32, state_size=0), ["state_size=0", "at least 1"]),
+        (lambda: Mamba2(32, conv_size=0), ["conv_size=0", "at least 1"]),
+        (lambda: GatedDeltaNet(32, num_heads=0), ["num_heads=0", "at least 1"]),
+        (lambda: GatedDeltaNet(32, key_dim=0), ["key_dim=0", "at least 1"]),
+        (lambda: GatedDeltaNet(32, value_dim=0), ["value_dim=0", "at least 1"]),
+        (lambda: GatedDeltaNet(4, num_heads=4), ["key_dim=0", "dim=4", "num_heads=4"]),
+        (lambda: GatedDeltaNet(32, conv_size=0), ["conv_size=0", "at least 1"]),
+        (lambda: ShortConv(32, conv_size=0), ["conv_size=0", "at least 1"]),
+        (lambda: SwiGLU(32, hidden=0), ["hidden=0", "at least 1"]),
+        (
+            lambda: Attention(32, max_length=9)(draw(1, 10, dtype=torch.float32)),
+            ["10 tokens", "max_length=9", "window"],
+        ),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_refused_with_its_value_and_what_fits(build, parts):
+    with pytest.raises(ValueError) as caught:
+        build()
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.operators])
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(layer):
+    for backend, reason in (("triton", "not part of this release"), ("tritn", "no such backend")):
+        with pytest.raises(ValueError, match=f"backend='{backend}' cannot run .*{reason}; use auto, "):
+            layer(DIM, backend=backend)(draw(1, 3, dtype=torch.float32))
+
+
+# What single layers promise beyond the laws.
+
+
+def test_max_length_counts_the_tokens_of_a_document_over_all_calls():
+    mixer, x = Attention(DIM, max_length=9).double(), draw(1, 40)
+    starts = torch.arange(40)[None] % 9 == 0
+    _, state = mixer(x, None, starts)
+    _, state = mixer(x[:, :5], state)
+    with pytest.raises(ValueError, match="10 tokens"):
+        mixer(x[:, :1], state)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 0), (5, 2)])
+def test_a_window_sees_exactly_its_tokens_and_the_sinks(window, sinks):
+    mixer = Attention(DIM, window=window, sinks=sinks).double()
+    x = draw(1, 20).requires_grad_()
+    for run_once in (lambda: mixer(x)[0], lambda: run(mixer, x, [7, 1, 1, 1, 10])[0]):
+        seen = torch.stack([torch.autograd.grad(y.sum(), x)[0][0].any(-1) for y in outputs])
+        back = torch.arange(20)[:, None] - torch.arange(20)
+        assert torch.equal(seen, (back >= 0) & ((back < window) | (torch.arange(20) < sinks)))
