@@ -1,4 +1,4 @@
-"""seqzoo: efficient sequence models. Every mixer is ``y, state = mixer(x, state, starts)``; one stack takes them all."""
+"""Efficient sequence models: every mixer is ``y, state = mixer(x, state, starts)``, and one stack takes them all."""
 
 from seqzoo import kernels, layers
 from seqzoo.mixer import (

@@ -85,7 +85,7 @@ def _call(name: str, function: Callable[..., Any], arguments: list[str]) -> None
     except ArgumentError as error:
         known = parser.get_defaults(skip_validation=True).keys()
         raise ValueError(f"{explain_parse_error(str(error), known)} (see seqzoo {name} -h)") from error
-    function(**settings.as_dict())
+    function(**dict(settings))
 
 
 def _usage() -> str:

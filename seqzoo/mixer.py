@@ -83,8 +83,9 @@ class Mixer(nn.Module):
 
 def reset_parameters(module: nn.Module) -> None:
     """Call ``reset_parameters`` on ``module``, or on the nearest descendants that have one."""
-    if callable(getattr(module, "reset_parameters", None)):
-        module.reset_parameters()
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
     else:
         for child in module.children():
             reset_parameters(child)

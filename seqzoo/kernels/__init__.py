@@ -1,6 +1,7 @@
 """Operators: one folder each, one signature each, several implementations.
 
-``OPERATORS`` lists the implementations of every operator by name; ``explain`` in each folder says which one ``auto`` takes.
+``OPERATORS`` lists the implementations of every operator by name; ``explain`` in each folder says which one ``auto``
+takes.
 """
 
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule

@@ -49,7 +49,7 @@ class Chunks:
         return x.unflatten(1, (-1, self.size))
 
     def decay_between(self) -> Tensor:
-        """``[batch, chunk, head, token, token]``: the decay from the column's token to the row's, 0 if it cannot see it."""
+        """``[batch, chunk, head, token, token]``: the decay from the column's token to the row's, 0 where unseen."""
         difference = self.total[..., :, None] - self.total[..., None, :]
         return difference.masked_fill(~self.visible, -torch.inf).exp()
 
@@ -71,7 +71,7 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class UnitLowerInverse(torch.autograd.Function):
-    """``(I + M)^{-1}`` for strictly lower triangular ``M``, by doubling diagonal blocks: matmuls instead of substitution.
+    """``(I + M)^{-1}`` for strictly lower triangular ``M``, by doubling diagonal blocks: matmuls, not substitution.
 
     ``[[A, 0], [B, D]]^{-1} = [[A^{-1}, 0], [-D^{-1} B A^{-1}, D^{-1}]]``. The last two axes must be a power of two.
     Powers of ``M``, which need fewer steps, overflow where keys repeat.

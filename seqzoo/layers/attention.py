@@ -1,7 +1,7 @@
-"""Softmax attention: every token looks back at all others, or at a window (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
+"""Softmax attention over all past tokens, or a window (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
 
-Grouped queries (https://arxiv.org/abs/2305.13245), rotary positions (https://arxiv.org/abs/2104.09864), a sliding window
-(https://arxiv.org/abs/2004.05150), first tokens that stay visible as sinks (https://arxiv.org/abs/2309.17453).
+With grouped queries (https://arxiv.org/abs/2305.13245), rotary positions (https://arxiv.org/abs/2104.09864), a sliding
+window (https://arxiv.org/abs/2004.05150), and first tokens that stay visible (https://arxiv.org/abs/2309.17453).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Attention(Mixer):
         num_kv_heads: key and value heads, each shared by a group of query heads; None for one a query head.
         window: tokens that are visible, the current one included; None for all.
         sinks: first tokens of a document that stay visible beyond the window.
-        positions: ``rope`` turns queries and keys by their position in the document; ``none`` leaves order to other layers.
+        positions: ``rope`` turns queries and keys by their place in the document; ``none`` leaves order to others.
         rope_base: the base of the rotary frequencies.
-        max_length: longest document, in tokens, that is accepted; None for no limit. Not checked inside ``torch.compile``.
+        max_length: longest document, in tokens, that is accepted; None for no limit. Unchecked in ``torch.compile``.
 
     Raises:
         ValueError: settings do not fit together, or a document passes ``max_length``.
@@ -106,6 +106,7 @@ class Attention(Mixer):
         return self._attend(q, buffer.keys[:, :used], buffer.values[:, :used], buffer.visible(positions)), buffer
 
     def _attend_window(self, q, k, v, positions, state, unbroken):
+        assert self.window is not None
         time, position = k.shape[1], positions[:, -1] + 1
         if state is not None and time == 1:
             ring = state.step(k, v, position, self.window, self.sinks)

@@ -1,7 +1,7 @@
 """Gated DeltaNet: an erasable, decaying key-value memory (Yang et al. 2024, https://arxiv.org/abs/2412.06464).
 
-Left out: negative eigenvalues and more value heads than key heads. The decay rate starts in (0.01, 16), not (0, 16), whose
-lower end is a logarithm of zero.
+Left out: negative eigenvalues and more value heads than key heads. The decay rate starts in (0.01, 16), not (0, 16),
+whose lower end is a logarithm of zero.
 """
 
 from __future__ import annotations

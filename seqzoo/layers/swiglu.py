@@ -15,7 +15,7 @@ class SwiGLU(Mixer):
 
     Args:
         dim: width of the input and output.
-        hidden: inner width; None for ``8/3 dim`` rounded up to a multiple of 8, which costs what a plain MLP of ``4 dim`` does.
+        hidden: inner width; None for ``8/3 dim`` rounded up to a multiple of 8, as costly as a plain MLP of ``4 dim``.
 
     Raises:
         ValueError: ``hidden`` is below 1.

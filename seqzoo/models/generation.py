@@ -68,6 +68,7 @@ def _stream(net, prompts, max_new_tokens, temperature, top_k, top_p, prefill_chu
             with torch.inference_mode():
                 hidden, state = net.hidden(piece, state, begins if ragged else None)
                 logits = net.head(hidden[:, -1])
+        assert logits is not None
         for index in range(max_new_tokens):
             with torch.inference_mode():
                 token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)

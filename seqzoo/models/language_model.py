@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Any, Literal, final
+from typing import Any, Literal, cast, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,7 +31,8 @@ class LanguageModel(nn.Module):
     ``pattern`` is repeated ``repeats`` times; each of its names is looked up in ``layers`` and builds one sublayer.
     Output projections are scaled by one over the root of the number of sublayers, so that the residual stream starts
     at the same scale at any depth. Embeddings start at a standard deviation of 0.3, well above what a sublayer adds at
-    first, so that later sublayers still see which token stands where; tied ones at ``dim ** -0.5``, for logits of unit scale.
+    first, so that later sublayers still see which token stands where; tied ones at ``dim ** -0.5``, for logits of unit
+    scale.
 
     Args:
         vocab_size: number of tokens; 256 for bytes.
@@ -93,6 +94,10 @@ class LanguageModel(nn.Module):
             self.unembedding.weight = self.embedding.weight
         self._scale_parameters()
 
+    def sublayers(self) -> list[Mixer]:
+        """The mixers from the bottom up, each built by the name at its place in ``names``."""
+        return [cast(Mixer, mixer) for mixer in self.mixers]
+
     def reset_parameters(self) -> None:
         """Draw every parameter anew, in place."""
         for child in (self.embedding, *self.norms, *self.mixers, self.norm, self.unembedding):
@@ -103,7 +108,7 @@ class LanguageModel(nn.Module):
         tied = self.unembedding.weight is self.embedding.weight
         nn.init.normal_(self.unembedding.weight, std=HEAD_STD)
         nn.init.normal_(self.embedding.weight, std=self.dim**-0.5 if tied else EMBEDDING_STD)
-        for mixer in self.mixers:
+        for mixer in self.sublayers():
             mixer.scale_output(len(self.mixers) ** -0.5)
 
     def forward(
@@ -145,7 +150,7 @@ class LanguageModel(nn.Module):
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of one sequence's state after one call over ``length`` tokens."""
-        return sum(mixer.state_bytes(length, dtype=dtype) for mixer in self.mixers)
+        return sum(mixer.state_bytes(length, dtype=dtype) for mixer in self.sublayers())
 
     def num_parameters(self) -> int:
         """Number of learned numbers, shared ones counted once."""

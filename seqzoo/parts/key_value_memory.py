@@ -30,12 +30,12 @@ class KeyValueBuffer(NamedTuple):
         total = used + keys.shape[1]
         filled = keys.new_empty(len(keys), total, 0)
         if torch.is_grad_enabled():
-            grown = (torch.cat([old[:, :used], new], 1) for old, new in ((self.keys, keys), (self.values, values)))
-            return KeyValueBuffer(*grown, position, filled)
+            keys = torch.cat([self.keys[:, :used], keys], 1)
+            return KeyValueBuffer(keys, torch.cat([self.values[:, :used], values], 1), position, filled)
         old_keys, old_values = self.keys, self.values
         if total > old_keys.shape[1]:
             slots = max(2 * old_keys.shape[1], total)
-            old_keys, old_values = (_with_room(old[:, :used], slots) for old in (old_keys, old_values))
+            old_keys, old_values = _with_room(old_keys[:, :used], slots), _with_room(old_values[:, :used], slots)
         old_keys[:, used:total] = keys
         old_values[:, used:total] = values
         return KeyValueBuffer(old_keys, old_values, position, filled)
@@ -62,7 +62,7 @@ class KeyValueRing(NamedTuple):
     def after(
         cls, past: KeyValueRing | None, keys: Tensor, values: Tensor, position: Tensor, window: int, sinks: int
     ) -> KeyValueRing:
-        """The ring once ``keys`` and ``values`` ``[batch time head key]`` are read and ``position`` tokens are known."""
+        """The ring once more ``keys`` and ``values`` are read and the open document has ``position`` tokens."""
         held = held_positions(position, window, sinks)
         token = keys.shape[1] - position[:, None] + held
         if past is None:
@@ -73,7 +73,8 @@ class KeyValueRing(NamedTuple):
             keys, values = torch.cat([past.keys, keys], 1), torch.cat([past.values, values], 1)
         rows = torch.arange(len(held), device=held.device)[:, None]
         empty = (held < 0)[..., None, None]
-        return cls(*(z[rows, source].masked_fill(empty, 0) for z in (keys, values)), position)
+        keys, values = keys[rows, source].masked_fill(empty, 0), values[rows, source].masked_fill(empty, 0)
+        return cls(keys, values, position)
 
     def step(self, key: Tensor, value: Tensor, position: Tensor, window: int, sinks: int) -> KeyValueRing:
         """``after`` for one token ``[batch 1 head key]``; in place when autograd is off."""
@@ -81,8 +82,8 @@ class KeyValueRing(NamedTuple):
         slot = torch.where(last < sinks, last, sinks + (last - sinks) % window)
         rows = torch.arange(len(slot), device=slot.device)
         write = torch.index_put if torch.is_grad_enabled() else torch.Tensor.index_put_
-        kept = (write(old, (rows, slot), new[:, 0]) for old, new in ((self.keys, key), (self.values, value)))
-        return KeyValueRing(*kept, position)
+        keys, values = write(self.keys, (rows, slot), key[:, 0]), write(self.values, (rows, slot), value[:, 0])
+        return KeyValueRing(keys, values, position)
 
 
 def held_positions(position: Int[Tensor, " batch"], window: int, sinks: int) -> Int[Tensor, "batch slot"]:

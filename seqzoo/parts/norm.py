@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def l2_normalize(x: Float[Tensor, "... dim"], eps: float = 1e-6) -> Float[Tensor, "... dim"]:
-    """``x / sqrt(sum x^2 + eps)`` over the last axis, in float32 inside; ``eps`` stands under the root, as in the delta-rule papers' code."""
+    """``x / sqrt(sum x^2 + eps)`` over the last axis, in float32 inside; ``eps`` under the root, as in DeltaNet."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 

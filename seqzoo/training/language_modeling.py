@@ -1,7 +1,7 @@
 """Next-token training of a language model in Lightning, on text or on a synthetic task.
 
-A batch is a dict: ``tokens`` and ``labels`` ``[batch, time]`` (-100 where nothing is asked), and ``starts`` where documents
-are packed. Only the labelled positions reach the head.
+A batch is a dict: ``tokens`` and ``labels`` ``[batch, time]`` (-100 where nothing is asked), and ``starts`` where
+documents are packed. Only the labelled positions reach the head.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LanguageModeling(L.LightningModule):
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup_steps, self.final_learning_rate = warmup_steps, final_learning_rate
         self._hidden = torch.compile(net.hidden) if compile else net.hidden
-        self._scores = nn.ModuleDict()
+        self._scores: dict[str, _Score] = {}
         self._clock: tuple[float, int] | None = None
         self._finite: Tensor | None = None
 
@@ -80,7 +80,7 @@ class LanguageModeling(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.trainer.max_steps < 1:
             raise ValueError(
-                f"trainer.max_steps={self.trainer.max_steps}: training data never ends; set the number of optimizer steps"
+                f"trainer.max_steps={self.trainer.max_steps}: training data never ends; set a number of optimizer steps"
             )
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -100,16 +100,19 @@ class LanguageModeling(L.LightningModule):
         finite = loss.detach().isfinite()
         self._finite = finite if self._finite is None else self._finite & finite
         self.log("train/loss", loss, prog_bar=True)
-        if batch_idx % self.trainer.log_every_n_steps == 0:
+        if self._logs(batch_idx):
             self._log_pace(batch)
             self._log_state(state)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if self._logs(self.global_step):
             self._check_finite()
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def _logs(self, index: int) -> bool:
+        return index % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_finite()
@@ -134,8 +137,8 @@ class LanguageModeling(L.LightningModule):
         for index, (name, part) in enumerate(zip(self.net.names, state, strict=True)):
             numbers = [leaf.detach().float() for leaf in tree_leaves(part) if leaf.is_floating_point() and leaf.numel()]
             if numbers:
-                mean_square = sum(z.square().sum() for z in numbers) / sum(z.numel() for z in numbers)
-                self.log(f"state_rms/{index:02d}_{name}", mean_square.sqrt())
+                flat = torch.cat([z.flatten() for z in numbers])
+                self.log(f"state_rms/{index:02d}_{name}", flat.square().mean().sqrt())
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         """The loss, the most likely token at each labelled position, and the state."""
@@ -167,7 +170,7 @@ class LanguageModeling(L.LightningModule):
 
     def _start_scores(self) -> None:
         names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None) or ["all"]
-        self._scores = nn.ModuleDict({name: _Score() for name in names}).to(self.device)
+        self._scores = {name: _Score().to(self.device) for name in names}
 
     def _score(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         loss, predictions, _ = self._loss(batch)

@@ -20,10 +20,11 @@ class RandomState(L.Callback):
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        kind, keys, position, has_gauss, gauss = numpy.random.get_state()
+        legacy: dict[str, Any] = dict(numpy.random.get_state(legacy=False))  # pyright: ignore[reportArgumentType]
+        legacy["state"] = {"key": legacy["state"]["key"].tolist(), "pos": int(legacy["state"]["pos"])}
         return {
             "python": random.getstate(),
-            "numpy": [kind, keys.tolist(), position, has_gauss, gauss],
+            "numpy": legacy,
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -36,7 +37,7 @@ class RandomState(L.Callback):
             return
         version, internal, gauss = self._loaded["python"]
         random.setstate((version, tuple(internal), gauss))
-        numpy.random.set_state(tuple(self._loaded["numpy"]))
+        numpy.random.set_state(self._loaded["numpy"])
         torch.set_rng_state(self._loaded["torch"].cpu())
         if torch.cuda.is_available() and len(self._loaded["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([state.cpu() for state in self._loaded["cuda"]])

@@ -6,7 +6,7 @@ import math
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int, final_ratio: float) -> float:
-    """Linear from 0 over ``warmup_steps``, then half a cosine down to ``final_ratio`` at ``total_steps``, constant after.
+    """Linear from 0 over ``warmup_steps``, half a cosine down to ``final_ratio`` at ``total_steps``, constant after.
 
     Args:
         step: optimizer steps done so far.

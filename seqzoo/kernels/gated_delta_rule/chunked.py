@@ -1,6 +1,7 @@
 """The WY form: a triangular inverse inside each chunk, a short recurrence between chunks (Yang et al. 2024, section 3).
 
-With G the running sum of g inside a chunk, S the state that enters it and M_ij = beta_i (k_i . k_j) e^{G_i - G_j} for j < i:
+With G the running sum of g inside a chunk, S the state that enters it, and M_ij = beta_i (k_i . k_j) e^{G_i - G_j} for
+j < i:
 
     N = (I + M)^{-1} (beta V - (beta K e^G) S),    O = (Q e^G) S + (Q K^T o e^{G_i - G_j}) N,
     S' = e^{G_C} S + (K e^{G_C - G})^T N
@@ -20,15 +21,13 @@ CHUNK = 64
 def gated_delta_rule(q, k, v, log_decay, beta, state, starts):
     dtype, time = accumulation_dtype(v), v.shape[1]
     chunks = Chunks(log_decay.to(dtype), starts, CHUNK)
-    q, k, v32 = (
-        rearrange(chunks.split(z.to(dtype)), "b n c h d -> b n h c d")
-        for z in (share_heads(q, v), share_heads(k, v), v)
-    )
+    inputs = (share_heads(q, v), share_heads(k, v), v)
+    q, k, wide_v = (rearrange(chunks.split(z.to(dtype)), "b n c h d -> b n h c d") for z in inputs)
     beta = rearrange(chunks.split(beta.to(dtype)), "b n c h -> b n h c 1")
     between, from_start = chunks.decay_between(), chunks.decay_from_start()[..., None]
 
     solve = UnitLowerInverse.apply((beta * (k @ k.mT) * between).tril(-1))
-    values, reads = solve @ (beta * v32), solve @ (beta * k * from_start)
+    values, reads = solve @ (beta * wide_v), solve @ (beta * k * from_start)
     writes = (k * chunks.decay_to_end()[..., None]).mT
 
     batch, _, heads, _, key = k.shape

@@ -15,7 +15,7 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, starts):
     decay = log_decay.to(dtype).exp()
     if starts is not None:
         decay = decay.masked_fill(starts[..., None], 0)
-    batch, time, heads, value = v.shape
+    batch, _, heads, value = v.shape
     memory = q.new_zeros(batch, heads, q.shape[-1], value) if state is None else state.to(dtype)
     outputs = []
     for q_t, k_t, v_t, a_t, b_t in zip(*(z.unbind(1) for z in (q, k, v.to(dtype), decay, beta)), strict=True):

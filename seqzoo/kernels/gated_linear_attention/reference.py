@@ -14,7 +14,7 @@ def gated_linear_attention(q, k, v, log_decay, state, starts):
     decay = log_decay.to(dtype).exp()
     if starts is not None:
         decay = decay.masked_fill(starts[..., None], 0)
-    batch, time, heads, value = v.shape
+    batch, _, heads, value = v.shape
     memory = q.new_zeros(batch, heads, q.shape[-1], value) if state is None else state.to(dtype)
     outputs = []
     for q_t, k_t, v_t, a_t in zip(q.unbind(1), k.unbind(1), v.to(dtype).unbind(1), decay.unbind(1), strict=True):

@@ -16,7 +16,7 @@ def short_conv(x, weight, bias, state, starts, activation):
     weight = weight.to(x.dtype)
     age = None
     if starts is not None:
-        # Tokens of the same document that stand before each token; with no start yet, the state's zeros cut by themselves.
+        # How many tokens of its document stand before each token; where none has begun yet, the state's zeros do it.
         offset = torch.full((batch,), history, device=x.device)
         age = positions_from_starts(starts, offset, time, x.device)[..., None]
     y = x * weight[:, -1]
