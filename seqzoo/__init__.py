@@ -8,13 +8,14 @@ from seqzoo.mixer import (
     measure_state,
     starts_from_cu_seqlens,
 )
-from seqzoo.models import LanguageModel, generate, load_model, save_model, stream
+from seqzoo.models import LanguageModel, build_model, generate, load_model, save_model, stream
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LanguageModel",
     "Mixer",
+    "build_model",
     "clone_state",
     "detach_state",
     "generate",

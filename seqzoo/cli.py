@@ -81,7 +81,7 @@ def _call(name: str, function: Callable[..., Any], arguments: list[str]) -> None
         names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
         arguments = [json.dumps(names), *arguments[len(names) :]] if names else arguments
     try:
-        settings = parser.instantiate_classes(parser.parse_args(arguments))
+        settings = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         known = parser.get_defaults(skip_validation=True).keys()
         raise ValueError(f"{explain_parse_error(str(error), known)} (see seqzoo {name} -h)") from error

@@ -236,7 +236,7 @@ def _text_data(checkpoint: Path, files: list[str] | None) -> TextData:
         raise ValueError(f"checkpoint {checkpoint} was not trained on text but on {settings.get('class_path')}")
     parser = ArgumentParser()
     parser.add_class_arguments(TextData, "data")
-    data = parser.instantiate_classes(parser.parse_object({"data": settings.get("init_args", {})}))["data"]
+    data = parser.instantiate(parser.parse_object({"data": settings.get("init_args", {})}))["data"]
     if files:
         data = TextData(files=files, sequence_length=data.sequence_length, validation_fraction=1 - 1e-9)
     return data

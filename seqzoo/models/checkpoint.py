@@ -61,7 +61,7 @@ def build_model(config: dict[str, Any]) -> LanguageModel:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(LanguageModel, "net")
     try:
-        return parser.instantiate_classes(parser.parse_object({"net": config}))["net"]
+        return parser.instantiate(parser.parse_object({"net": config}))["net"]
     except ArgumentError as error:
         raise ValueError(f"the model's config cannot be built: {' '.join(str(error).split())}") from error
 
