@@ -1,30 +1,39 @@
-# `make demo` and `make test` set up their own virtual environment in .venv on first use.
-PYTHON ?= python3.11
+# Every target sets up what it needs in .venv on first use. `make demo PYTHON=python3.12` picks another Python.
+PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/.installed
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BASE := $(VENV)/.base
+TEST := $(VENV)/.test
+DEV := $(VENV)/.dev
 
 .PHONY: demo test test-all check bench
-.NOTPARALLEL:
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	touch $@
-
-demo: $(STAMP) ## train a hybrid on real text, then measure it and draw the pictures (runs/demo)
+demo: $(BASE)
 	$(VENV)/bin/seqzoo demo
 
-test: $(STAMP) ## all tests that take seconds
+test: $(TEST)
 	$(VENV)/bin/python -m pytest -n 2
 
-test-all: $(STAMP) ## the slow ones too
-	$(VENV)/bin/python -m pytest -n 2 -m 'not gpu'
+test-all: $(TEST)
+	$(VENV)/bin/python -m pytest -n 2 -m "not gpu"
 
-check: $(STAMP) ## what CI runs besides the tests: style and types
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+check: $(DEV)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-bench: $(STAMP) ## speed and memory of operators, layers and decoding on this machine
+bench: $(BASE)
 	$(VENV)/bin/python scripts/bench.py
+
+$(BASE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(TEST): $(BASE)
+	$(PIP) -e ".[test]"
+	touch $@
+
+$(DEV): $(BASE)
+	$(PIP) -e ".[dev]"
+	touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import time
 from pathlib import Path
@@ -163,7 +164,12 @@ def recall(
 
     if not configs:
         raise ValueError("configs=[]: name at least one config file")
-    results = [_train_recall(config, output, overrides) for config in configs]
+    names = [Path(config).stem for config in configs]
+    shared = len(os.path.commonprefix(names).rpartition("_")[0]) if len(names) > 1 else 0
+    results = [
+        _train_recall(config, name[shared:].lstrip("_"), output, overrides)
+        for config, name in zip(configs, names, strict=True)
+    ]
     folder = Path(output)
     write_recall(results, folder / "recall.csv")
     write_recall_curves(results, folder / "curves.csv")
@@ -173,7 +179,7 @@ def recall(
     return results
 
 
-def _train_recall(config: str, output: str, overrides: list[str]) -> RecallResult:
+def _train_recall(config: str, name: str, output: str, overrides: list[str]) -> RecallResult:
     from seqzoo.evals import RecallResult
     from seqzoo.tasks import MQARData
     from seqzoo.training.command import TrainingCommand
@@ -188,12 +194,13 @@ def _train_recall(config: str, output: str, overrides: list[str]) -> RecallResul
     begin = time.perf_counter()
     command.trainer.fit(command.model, datamodule=data)
     seconds, steps = time.perf_counter() - begin, command.trainer.global_step
-    [scores, *_] = command.trainer.test(command.model, datamodule=data, verbose=False)
-    names = data.validation_names
-    accuracy = {name: scores["test/accuracy" if len(names) == 1 else f"test/accuracy/{name}"] for name in names}
+    command.trainer.test(command.model, datamodule=data, verbose=False)
+    scores = command.trainer.callback_metrics
+    segments = data.validation_names
+    keys = ["test/accuracy"] if len(segments) == 1 else [f"test/accuracy/{segment}" for segment in segments]
     return RecallResult(
-        name=Path(config).stem.removeprefix("mqar_"),
-        accuracy=accuracy,
+        name=name,
+        accuracy={segment: float(scores[key]) for segment, key in zip(segments, keys, strict=True)},
         history=history.values,
         vocab_size=data.vocab_size,
         num_pairs=min(segment.pairs for segment in data.validation_segments),
