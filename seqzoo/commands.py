@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import time
 from pathlib import Path
@@ -164,12 +163,11 @@ def recall(
 
     if not configs:
         raise ValueError("configs=[]: name at least one config file")
-    names = [Path(config).stem for config in configs]
-    shared = len(os.path.commonprefix(names).rpartition("_")[0]) if len(names) > 1 else 0
-    results = [
-        _train_recall(config, name[shared:].lstrip("_"), output, overrides)
-        for config, name in zip(configs, names, strict=True)
-    ]
+    stems = [Path(config).stem for config in configs]
+    # Configs of one task begin alike, as in mqar_attention and mqar_mamba2; results are told apart by the rest.
+    shared = len({stem.partition("_")[0] for stem in stems}) == 1
+    names = [(shared and stem.partition("_")[2]) or stem for stem in stems]
+    results = [_train_recall(config, name, output, overrides) for config, name in zip(configs, names, strict=True)]
     folder = Path(output)
     write_recall(results, folder / "recall.csv")
     write_recall_curves(results, folder / "curves.csv")

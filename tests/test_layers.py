@@ -55,7 +55,7 @@ def cut_at_random(seed):
 
 
 SPLITS = {f"cut at {cut}": [cut, TIME - cut] for cut in (1, 16, 36)}
-SPLITS |= {"token by token": [1] * TIME} | {f"random {seed}": cut_at_random(seed) for seed in range(3)}
+SPLITS |= {"token by token": [1] * TIME} | {f"random {seed}": cut_at_random(seed) for seed in range(2)}
 
 
 @pytest.fixture(params=CASES, ids=title)
@@ -150,9 +150,9 @@ def test_any_split_with_the_state_carried_is_one_call(mixer, x, sizes, starts):
 @pytest.mark.parametrize("autograd_off", [torch.no_grad, torch.inference_mode])
 def test_a_state_that_is_updated_in_place_says_the_same(mixer, x, autograd_off, starts):
     y, state = mixer(x, None, starts)
-    for sizes in SPLITS.values():
+    for split in ("token by token", "random 0"):
         with autograd_off():
-            pieces, last = run(mixer, x, sizes, starts)
+            pieces, last = run(mixer, x, SPLITS[split], starts)
         assert_same([pieces, meaning(last)], [y, meaning(state)])
 
 
@@ -210,11 +210,11 @@ def test_left_padding_changes_nothing(mixer, x):
             assert_same(mixer(more, take_rows(state, [row]))[0], mixer(more, own)[0])
 
 
-@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
-def test_starts_that_never_come_are_no_starts(mixer, x, sizes):
-    y, state = run(mixer, x, sizes, torch.zeros(BATCH, TIME, dtype=torch.bool))
+def test_starts_that_never_come_are_no_starts(mixer, x):
     expected, last = mixer(x)
-    assert_same([y, meaning(state)], [expected, meaning(last)])
+    for sizes in ([TIME], [40, 1, 29]):
+        y, state = run(mixer, x, sizes, torch.zeros(BATCH, TIME, dtype=torch.bool))
+        assert_same([y, meaning(state)], [expected, meaning(last)])
 
 
 @pytest.mark.parametrize("time", [1, 2, 65])
@@ -344,18 +344,18 @@ def test_64k_tokens_leave_everything_finite(mixer, dtype):
 def assert_compiles(mixer, backend):
     torch._dynamo.reset()
     compiled = torch.compile(mixer, fullgraph=True, backend=backend)
-    x, starts = draw(BATCH, 13).requires_grad_(), draw_starts(BATCH, 6)
+    x, starts = draw(BATCH, 9).requires_grad_(), torch.tensor([[False, True, False, False], [False, False, True, True]])
     parameters = [x, *mixer.parameters()]
 
     def train(call):
-        y, state = call(x[:, :6])
-        z, state = call(x[:, 6:12], state, starts)
+        y, state = call(x[:, :4])
+        z, state = call(x[:, 4:8], state, starts)
         outputs = [y, z, *meaning(state)]
         return outputs, torch.autograd.grad(sum(part.square().sum() for part in floats(outputs)), parameters)
 
     @torch.no_grad()
     def decode(call):
-        y, state = call(x[:, 12:], mixer(x[:, :12])[1])
+        y, state = call(x[:, 8:], mixer(x[:, :8])[1])
         return y, meaning(state)
 
     assert_same(train(compiled), train(mixer))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.gated_delta_rule import gated_delta_rule
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import SoftplusDecay
-from seqzoo.parts.norm import l2_normalize
+from seqzoo.parts.norm import GroupRMSNorm, l2_normalize
 from seqzoo.parts.short_conv import CausalConv
 
 
@@ -78,7 +78,7 @@ class GatedDeltaNet(Mixer):
         self.step = nn.Linear(dim, num_heads, bias=False)
         self.decay = SoftplusDecay(num_heads, rate_range=(0.01, 16.0))
         self.write = nn.Linear(dim, num_heads, bias=False)
-        self.norm = nn.RMSNorm(value_dim, eps=norm_eps)
+        self.norm = GroupRMSNorm(value_dim, eps=norm_eps)
         self.gate = nn.Linear(dim, num_heads * value_dim, bias=False)
         self.out = nn.Linear(num_heads * value_dim, dim, bias=False)
 

@@ -1,0 +1,57 @@
+"""Shapes and types of the whole package are checked while tests run, and only then."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+
+import jaxtyping
+import pytest
+import torch
+
+torch.set_num_threads(1)  # Tests are tiny: more threads only get in the way of parallel workers.
+
+_jaxtyped = jaxtyping.jaxtyped
+_checked = {}
+
+
+def _jaxtyped_unless_compiling(fn=None, *, typechecker):
+    """``jaxtyping.jaxtyped`` for functions of tensors; stands aside where ``torch.compile`` traces, which it would break.
+
+    Functions of anything else refuse bad settings by themselves, with a message that the checks must not pre-empt.
+    """
+    if fn is None:
+        return functools.partial(_jaxtyped_unless_compiling, typechecker=typechecker)
+    if not inspect.isfunction(fn) or not any("Tensor" in str(hint) for hint in fn.__annotations__.values()):
+        return fn
+    # Tracing reads all that a function closes over: so the checked twin, which it cannot read, is looked up instead.
+    place = f"{fn.__code__.co_filename}:{fn.__code__.co_firstlineno}"
+    _checked[place] = _jaxtyped(fn, typechecker=typechecker)
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return fn(*args, **kwargs)
+        return _checked[place](*args, **kwargs)
+
+    return call
+
+
+assert "seqzoo" not in sys.modules, "seqzoo was imported before its shapes could be checked"
+jaxtyping.jaxtyped = _jaxtyped_unless_compiling
+jaxtyping.install_import_hook("seqzoo", "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every test, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked():
+    """The package as users meet it: what a wrong shape does where nothing checks shapes but our own code."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
