@@ -26,6 +26,12 @@ COMMANDS = {
     "recall": ("seqzoo.commands:recall", "train configs on associative recall and compare them"),
     "demo": ("seqzoo.demo:demo", "the whole way in five minutes: train a hybrid, measure it, draw the pictures"),
 }
+FUTILE_WARNINGS = (
+    "does not have many workers",  # the data modules draw batches faster than models read them
+    "could not find the monitored key",  # a run that is shorter than the first validation
+    "isinstance.treespec, LeafSpec",  # between Lightning and torch
+    "Mismatch dtype between input and weight",  # torch's own mixed precision
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,13 +50,21 @@ def main(arguments: list[str] | None = None) -> int:
     _quieten()
     try:
         _run(arguments)
-    except ValueError as error:
-        print(f"seqzoo: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("seqzoo: stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not _is_for_user(error):
+            raise
+        print(f"seqzoo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _is_for_user(error: Exception) -> bool:
+    """Whether ``error`` says what the user can change: settings, files, or what Lightning refuses."""
+    # By name, since importing Lightning takes seconds that most commands do not need.
+    return isinstance(error, (ValueError, OSError)) or type(error).__name__ == "MisconfigurationException"
 
 
 def _run(arguments: list[str]) -> None:
@@ -106,8 +120,10 @@ def _quieten() -> None:
     """Show this project's own messages, and of the libraries' only warnings that a user can act on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("seqzoo").setLevel(logging.INFO)
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", module="lightning", message=".*(LeafSpec|does not have many workers|smaller than the logging).*"
-    )
+    # Lightning sets its own handler and the levels of its packages when it is imported, later than this; what stays is
+    # this flag, against saying everything twice, and the levels of the two modules that talk during a run.
+    logging.getLogger("lightning").propagate = False
+    for chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for text in FUTILE_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{text}")

@@ -66,7 +66,7 @@ def test_starts_stand_where_documents_that_are_not_empty_begin(cu_seqlens, expec
 
 
 @pytest.mark.parametrize("cu_seqlens", [[], [0], [1, 3], [-1, 3], [0, 3, 2], [[0, 3]]], ids=str)
-def test_lengths_that_are_not_cumulative_are_refused(cu_seqlens):
+def test_lengths_that_are_not_cumulative_are_refused(unchecked, cu_seqlens):
     with pytest.raises(ValueError, match=r"cu_seqlens=.*begins at 0 and never decreases, such as"):
         starts_from_cu_seqlens(torch.tensor(cu_seqlens, dtype=torch.int64))
 

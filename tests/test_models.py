@@ -398,14 +398,14 @@ PROMPTS = [draw(1, length, seed=length)[0] for length in (9, 1, 4, 23)]
 
 
 def test_ragged_prompts_together_are_each_prompt_alone(net):
-    together = generate(net, PROMPTS, max_new_tokens=12, temperature=0)
-    alone = [generate(net, [prompt], max_new_tokens=12, temperature=0) for prompt in PROMPTS]
+    together = generate(net, PROMPTS, max_new_tokens=12, temperature=0.0)
+    alone = [generate(net, [prompt], max_new_tokens=12, temperature=0.0) for prompt in PROMPTS]
     assert torch.equal(together, torch.cat(alone))
     assert len(set(map(tuple, together.tolist()))) > 1
 
 
 def test_greedy_tokens_are_the_most_likely_ones_of_a_full_pass(net):
-    new = generate(net, PROMPTS[:1], max_new_tokens=12, temperature=0)
+    new = generate(net, PROMPTS[:1], max_new_tokens=12, temperature=0.0)
     whole = torch.cat([PROMPTS[0], new[0]])[None]
     assert torch.equal(net(whole)[0].argmax(-1)[0, len(PROMPTS[0]) - 1 : -1], new[0])
 
@@ -413,8 +413,8 @@ def test_greedy_tokens_are_the_most_likely_ones_of_a_full_pass(net):
 @pytest.mark.parametrize("chunk", [1, 2, 5, 22, 23, 24])
 def test_reading_the_prompt_in_chunks_changes_nothing(net, chunk):
     for prompts in (PROMPTS, PROMPTS[:1]):
-        expected = generate(net, prompts, max_new_tokens=6, temperature=0)
-        assert torch.equal(generate(net, prompts, max_new_tokens=6, temperature=0, prefill_chunk=chunk), expected)
+        expected = generate(net, prompts, max_new_tokens=6, temperature=0.0)
+        assert torch.equal(generate(net, prompts, max_new_tokens=6, temperature=0.0, prefill_chunk=chunk), expected)
 
 
 def test_drawing_depends_on_the_generator_alone(net):
@@ -428,13 +428,13 @@ def test_stream_yields_token_by_token_and_calls_the_model_no_more_than_needed(ne
     calls = []
     hidden = net.hidden
     monkeypatch.setattr(net, "hidden", lambda tokens, *rest: calls.append(tokens.shape[1]) or hidden(tokens, *rest))
-    tokens = stream(net, PROMPTS, max_new_tokens=3, temperature=0)
+    tokens = stream(net, PROMPTS, max_new_tokens=3, temperature=0.0)
     assert calls == []
     first = next(tokens)
     assert first.shape == (4,) and first.dtype == torch.long and calls == [23]
     rest = list(tokens)
     assert len(rest) == 2 and calls == [23, 1, 1]
-    assert torch.equal(torch.stack([first, *rest], 1), generate(net, PROMPTS, max_new_tokens=3, temperature=0))
+    assert torch.equal(torch.stack([first, *rest], 1), generate(net, PROMPTS, max_new_tokens=3, temperature=0.0))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -476,7 +476,7 @@ def test_no_new_tokens_are_an_empty_result(net):
         ({"prefill_chunk": 0}, "prefill_chunk=0: use 1 or more"),
     ],
 )
-def test_an_argument_out_of_range_is_refused_at_once(net, settings, message):
+def test_an_argument_out_of_range_is_refused_at_once(net, unchecked, settings, message):
     settings = {"prompts": PROMPTS, "max_new_tokens": 1} | settings
     with pytest.raises(ValueError, match=message):
         stream(net, settings.pop("prompts"), **settings)
@@ -527,7 +527,7 @@ def test_top_k_keeps_k_tokens_also_among_equals():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}], ids=str
+    "settings", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}], ids=str
 )
 def test_the_narrowest_settings_take_the_most_likely_token(settings):
     logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
