@@ -85,8 +85,6 @@ def _run(arguments: list[str]) -> None:
 def _call(name: str, function: Callable[..., Any], arguments: list[str]) -> None:
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from seqzoo.training.parse_errors import explain_parse_error
-
     parser = ArgumentParser(prog=f"seqzoo {name}", description=COMMANDS[name][1], exit_on_error=False)
     parser.add_function_arguments(function, as_positional=True)
     first = next(iter(inspect.signature(function).parameters.values()), None)
@@ -97,6 +95,8 @@ def _call(name: str, function: Callable[..., Any], arguments: list[str]) -> None
     try:
         settings = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
+        from seqzoo.training.parse_errors import explain_parse_error  # with Lightning, which takes seconds
+
         known = parser.get_defaults(skip_validation=True).keys()
         raise ValueError(f"{explain_parse_error(str(error), known)} (see seqzoo {name} -h)") from error
     function(**dict(settings))

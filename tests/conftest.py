@@ -17,7 +17,7 @@ _checked = {}
 
 
 def _jaxtyped_unless_compiling(fn=None, *, typechecker):
-    """``jaxtyping.jaxtyped`` for functions of tensors; stands aside where ``torch.compile`` traces, which it would break.
+    """``jaxtyping.jaxtyped`` for functions of tensors that stands aside where ``torch.compile`` traces.
 
     Functions of anything else refuse bad settings by themselves, with a message that the checks must not pre-empt.
     """

@@ -41,7 +41,7 @@ VARIANTS = [
     partial(ShortConv, backend="reference"),
     partial(SwiGLU, hidden=24),
 ]
-CASES = [partial(layer) for layer in LAYERS] + VARIANTS
+DEFAULTS = [partial(layer) for layer in LAYERS]
 
 
 def title(case):
@@ -58,7 +58,7 @@ SPLITS = {f"cut at {cut}": [cut, TIME - cut] for cut in (1, 16, 36)}
 SPLITS |= {"token by token": [1] * TIME} | {f"random {seed}": cut_at_random(seed) for seed in range(2)}
 
 
-@pytest.fixture(params=CASES, ids=title)
+@pytest.fixture(params=[*DEFAULTS, *VARIANTS], ids=title)
 def case(request):
     return request.param
 
@@ -251,13 +251,15 @@ def test_reordering_the_rows_of_a_state_is_reordering_the_inputs(mixer, starts):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("time", [1, 2, 3, 63, 64, 65, 100])
-def test_every_length_works(mixer, time):
-    x = draw(BATCH, time, seed=time)
-    y, state = mixer(x)
-    assert y.shape == x.shape
-    stepped, last = run(mixer, x, [1] * time)
-    assert_same([stepped, meaning(last)], [y, meaning(state)])
+def test_every_length_is_its_tokens_one_by_one(mixer):
+    x, stepped, states, state = draw(BATCH, 100), [], [], None
+    for token in x.split(1, 1):
+        y, state = mixer(token, state)
+        stepped.append(y)
+        states.append(clone_state(meaning(state)))
+    for time in (1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 100):
+        y, state = mixer(x[:, :time])
+        assert_same([y, meaning(state)], [torch.cat(stepped[:time], 1), states[time - 1]])
 
 
 # Law 5: learning.
@@ -291,51 +293,50 @@ HOSTILE = {
 }
 
 
-def assert_finite_throughout(mixer, x):
+def assert_finite(mixer, x, reads, what):
+    """That ``reads`` are finite, and so are their gradients."""
+    inputs = [x, *mixer.parameters()]
+    gradients = torch.autograd.grad(sum(part.float().mean() for part in reads if part.numel()), inputs)
+    assert all(part.isfinite().all() for part in [*reads, *gradients]), f"not finite: {what}"
+
+
+def assert_finite_throughout(mixer, x, what):
     x = x.clone().requires_grad_()
-    starts = draw_starts(BATCH, 30)
     y, state = mixer(x[:, :40])
-    z, last = mixer(x[:, 40:], state, starts)
-    reads = [y, z, *floats(last)]
-    assert all(part.isfinite().all() for part in reads)
-    gradients = torch.autograd.grad(
-        sum(part.float().mean() for part in reads if part.numel()), [x, *mixer.parameters()]
-    )
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    z, last = mixer(x[:, 40:], state, draw_starts(BATCH, TIME - 40))
+    assert_finite(mixer, x, [y, z, *floats(last)], what)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_inputs_leave_everything_finite(mixer, dtype, change):
-    assert_finite_throughout(mixer.to(dtype), change(draw(BATCH, TIME, dtype=dtype)))
+def test_hostile_inputs_leave_everything_finite(mixer, dtype):
+    mixer = mixer.to(dtype)
+    for name, change in HOSTILE.items():
+        assert_finite_throughout(mixer, change(draw(BATCH, TIME, dtype=dtype)), name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("value", [30.0, -30.0])
-def test_saturated_gates_leave_everything_finite(mixer, dtype, value):
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(value)
-    assert_finite_throughout(mixer.to(dtype), draw(BATCH, TIME, dtype=dtype))
+def test_saturated_gates_leave_everything_finite(mixer, dtype):
+    mixer = mixer.to(dtype)
+    for value in (30.0, -30.0):
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(value)
+        assert_finite_throughout(mixer, draw(BATCH, TIME, dtype=dtype), f"vectors of {value}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_64k_tokens_leave_everything_finite(mixer, dtype):
-    mixer, state, time = mixer.to(dtype), None, 2**16
-    pieces = draw(1, time, dtype=dtype).split(2**10, 1)
+    mixer, state = mixer.to(dtype), None
+    *pieces, last = draw(1, 2**16, dtype=dtype).split(2**10, 1)
     with torch.no_grad():
-        for piece in pieces[:-1]:
+        for piece in pieces:
             y, state = mixer(piece, state)
             assert y.isfinite().all()
-    x = pieces[-1].clone().requires_grad_()
+    x = last.clone().requires_grad_()
     y, state = mixer(x, state)
-    reads = [y, *floats(state)]
-    gradients = torch.autograd.grad(
-        sum(part.float().mean() for part in reads if part.numel()), [x, *mixer.parameters()]
-    )
-    assert all(part.isfinite().all() for part in [*reads, *gradients])
+    assert_finite(mixer, x, [y, *floats(state)], "after 64k tokens")
 
 
 # Law 7: compilation, and construction without memory.
@@ -362,12 +363,15 @@ def assert_compiles(mixer, backend):
     assert_same(decode(compiled), decode(mixer))
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_compiles_in_one_graph(layer):
-    assert_compiles(layer(DIM).double(), "eager")
+@pytest.mark.parametrize(
+    "case", [*DEFAULTS, *(pytest.param(case, marks=pytest.mark.slow) for case in VARIANTS)], ids=title
+)
+def test_compiles_in_one_graph(mixer):
+    assert_compiles(mixer, "eager")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", DEFAULTS, ids=title)
 def test_compiles_to_machine_code(mixer):
     assert_compiles(mixer, "inductor")
 

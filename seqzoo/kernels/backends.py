@@ -58,18 +58,28 @@ def share_heads(x: Tensor, like: Tensor) -> Tensor:
     return x.repeat_interleave(like.shape[2] // x.shape[2], 2)
 
 
+def check_shape(operator: str, name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``tensor`` has the ``expected`` shape, or is None."""
+    if tensor is not None and tensor.shape != expected:
+        raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}; expected {expected}")
+
+
 def check_heads(
-    operator: str, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: Tensor | None
+    operator: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    state: Tensor | None,
+    starts: Tensor | None,
 ) -> None:
-    """Raise ValueError unless queries, keys, values, per-head gates and state fit together."""
+    """Raise ValueError unless queries, keys, values, per-head gates, state and starts fit together."""
     if q.ndim != 4 or v.ndim != 4 or q.shape != k.shape or q.shape[:2] != v.shape[:2] or v.shape[2] % q.shape[2]:
         raise ValueError(
             f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; expected "
             "[batch, time, group, key] twice and [batch, time, head, value] with head a multiple of group"
         )
     for name, gate in gates.items():
-        if gate.shape != v.shape[:3]:
-            raise ValueError(f"{operator}: {name} has shape {tuple(gate.shape)}; expected {tuple(v.shape[:3])}")
-    expected = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    if state is not None and state.shape != expected:
-        raise ValueError(f"{operator}: state has shape {tuple(state.shape)}; expected {expected}")
+        check_shape(operator, name, gate, tuple(v.shape[:3]))
+    check_shape(operator, "state", state, (v.shape[0], v.shape[2], q.shape[3], v.shape[3]))
+    check_shape(operator, "starts", starts, tuple(v.shape[:2]))

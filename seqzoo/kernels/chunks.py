@@ -31,7 +31,10 @@ class Chunks:
         if starts is not None:
             # The decay of a first token would act on the document before it, which the masks below remove.
             log_decay = log_decay.masked_fill(starts[..., None], 0)
-        self.total = rearrange(self.split(log_decay), "b n c h -> b n h c").cumsum(-1)
+        self.dtype = log_decay.dtype
+        # One strong decay in a long sum would blur all the differences after it. Apple's GPUs have no float64.
+        exact = self.dtype if log_decay.device.type == "mps" else torch.float64
+        self.total = rearrange(self.split(log_decay), "b n c h -> b n h c").cumsum(-1, dtype=exact)
         document = None if starts is None else self.split(starts).cumsum(2)[:, :, None]
         order = torch.arange(size, device=log_decay.device)
         self.visible = order[:, None] >= order
@@ -51,19 +54,19 @@ class Chunks:
     def decay_between(self) -> Tensor:
         """``[batch, chunk, head, token, token]``: the decay from the column's token to the row's, 0 where unseen."""
         difference = self.total[..., :, None] - self.total[..., None, :]
-        return difference.masked_fill(~self.visible, -torch.inf).exp()
+        return difference.to(self.dtype).masked_fill(~self.visible, -torch.inf).exp()
 
     def decay_from_start(self) -> Tensor:
         """``[batch, chunk, head, token]``: the decay from the state that enters the chunk to each token, inclusive."""
-        return _masked(self.total.exp(), self.reads_state)
+        return _masked(self.total.exp().to(self.dtype), self.reads_state)
 
     def decay_to_end(self) -> Tensor:
         """``[batch, chunk, head, token]``: the decay from each token to the chunk's last."""
-        return _masked((self.total[..., -1:] - self.total).exp(), self.reaches_end)
+        return _masked((self.total[..., -1:] - self.total).exp().to(self.dtype), self.reaches_end)
 
     def decay_over(self) -> Tensor:
         """``[batch, chunk, head]``: the decay over the whole chunk."""
-        return _masked(self.total[..., -1].exp(), self.keeps_state)
+        return _masked(self.total[..., -1].exp().to(self.dtype), self.keeps_state)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -71,7 +74,7 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class UnitLowerInverse(torch.autograd.Function):
-    """``(I + M)^{-1}`` for strictly lower triangular ``M``, by doubling diagonal blocks: matmuls, not substitution.
+    """``(I + M)^{-1}``, ``M`` what a matrix holds below its diagonal, by doubling diagonal blocks: matmuls alone.
 
     ``[[A, 0], [B, D]]^{-1} = [[A^{-1}, 0], [-D^{-1} B A^{-1}, D^{-1}]]``. The last two axes must be a power of two.
     Powers of ``M``, which need fewer steps, overflow where keys repeat.

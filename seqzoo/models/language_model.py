@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from seqzoo.mixer import Mixer, reset_parameters
 
-EMBEDDING_STD = 0.3
 HEAD_STD = 0.02
 IGNORED = -100
 """The label of a position where nothing is asked, as in ``torch.nn.functional.cross_entropy``."""
@@ -30,9 +29,8 @@ class LanguageModel(nn.Module):
 
     ``pattern`` is repeated ``repeats`` times; each of its names is looked up in ``layers`` and builds one sublayer.
     Output projections are scaled by one over the root of the number of sublayers, so that the residual stream starts
-    at the same scale at any depth. Embeddings start at a standard deviation of 0.3, well above what a sublayer adds at
-    first, so that later sublayers still see which token stands where; tied ones at ``dim ** -0.5``, for logits of unit
-    scale.
+    at the same scale at any depth. Embeddings start as random vectors of length one: a tied head gives logits of unit
+    scale, and the first sublayers neither drown nor miss them.
 
     Args:
         vocab_size: number of tokens; 256 for bytes.
@@ -105,9 +103,8 @@ class LanguageModel(nn.Module):
         self._scale_parameters()
 
     def _scale_parameters(self) -> None:
-        tied = self.unembedding.weight is self.embedding.weight
         nn.init.normal_(self.unembedding.weight, std=HEAD_STD)
-        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5 if tied else EMBEDDING_STD)
+        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
         for mixer in self.sublayers():
             mixer.scale_output(len(self.mixers) ** -0.5)
 

@@ -48,7 +48,7 @@ def gated_delta_rule(
     Raises:
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
-    check_heads("gated_delta_rule", q, k, v, {"log_decay": log_decay, "beta": beta}, state)
+    check_heads("gated_delta_rule", q, k, v, {"log_decay": log_decay, "beta": beta}, state, starts)
     run = IMPLEMENTATIONS[choose("gated_delta_rule", IMPLEMENTATIONS, backend, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):

@@ -15,7 +15,7 @@ from einops import rearrange
 from seqzoo.kernels.backends import accumulation_dtype, share_heads
 from seqzoo.kernels.chunks import Chunks, UnitLowerInverse
 
-CHUNK = 64
+CHUNK = 32
 
 
 def gated_delta_rule(q, k, v, log_decay, beta, state, starts):
@@ -26,8 +26,9 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, starts):
     beta = rearrange(chunks.split(beta.to(dtype)), "b n c h -> b n h c 1")
     between, from_start = chunks.decay_between(), chunks.decay_from_start()[..., None]
 
-    solve = UnitLowerInverse.apply((beta * (k @ k.mT) * between).tril(-1))
-    values, reads = solve @ (beta * wide_v), solve @ (beta * k * from_start)
+    written = beta * k
+    solve = UnitLowerInverse.apply((written @ k.mT) * between)
+    values, reads = solve @ (beta * wide_v), solve @ (written * from_start)
     writes = (k * chunks.decay_to_end()[..., None]).mT
 
     batch, _, heads, _, key = k.shape

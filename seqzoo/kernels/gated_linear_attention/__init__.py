@@ -46,7 +46,7 @@ def gated_linear_attention(
     Raises:
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
-    check_heads("gated_linear_attention", q, k, v, {"log_decay": log_decay}, state)
+    check_heads("gated_linear_attention", q, k, v, {"log_decay": log_decay}, state, starts)
     run = IMPLEMENTATIONS[choose("gated_linear_attention", IMPLEMENTATIONS, backend, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):

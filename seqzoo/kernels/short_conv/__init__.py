@@ -12,7 +12,7 @@ from typing import Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import choose
+from seqzoo.kernels.backends import check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.short_conv import chunked, reference
 
@@ -44,15 +44,19 @@ def short_conv(
         The outputs in the dtype of ``x``, and the new state.
 
     Raises:
-        ValueError: shapes do not fit together, or ``backend`` cannot serve.
+        ValueError: shapes do not fit together, or ``activation`` or ``backend`` cannot serve.
     """
-    batch, time, channels = x.shape
-    if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; x of {channels} channels needs [{channels}, size >= 1]"
+            f"short_conv: x {tuple(x.shape)}, weight {tuple(weight.shape)} do not fit together; expected "
+            "[batch, time, channel] and [channel, size] with size at least 1"
         )
-    if state is not None and state.shape != (batch, weight.shape[1] - 1, channels):
-        raise ValueError(f"state has shape {tuple(state.shape)}; expected {(batch, weight.shape[1] - 1, channels)}")
+    if activation not in (None, "silu"):
+        raise ValueError(f"short_conv: activation={activation!r}; use silu or None")
+    batch, time, channels = x.shape
+    check_shape("short_conv", "bias", bias, (channels,))
+    check_shape("short_conv", "state", state, (batch, weight.shape[1] - 1, channels))
+    check_shape("short_conv", "starts", starts, (batch, time))
     run = IMPLEMENTATIONS[choose("short_conv", IMPLEMENTATIONS, backend, time)]
     return run(x, weight, bias, state, starts, activation)
 

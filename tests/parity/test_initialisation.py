@@ -1,0 +1,93 @@
+"""How layers start: the distributions of the official code (state-spaces/mamba, NVlabs/GatedDeltaNet)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from seqzoo.layers import GatedDeltaNet, Mamba2, ShortConv
+from seqzoo.mixer import reset_parameters
+from seqzoo.parts.decay import SMALLEST_STEP, SoftplusDecay
+
+
+@pytest.fixture(params=["constructed", "reset"])
+def start(request):
+    """A layer as it is constructed, and one whose parameters were all overwritten and then drawn anew."""
+
+    def build(layer, dim, **settings):
+        mixer = layer(dim, **settings)
+        if request.param == "reset":
+            with torch.no_grad():
+                for parameter in mixer.parameters():
+                    parameter.fill_(torch.nan)
+            reset_parameters(mixer)
+        return mixer
+
+    return build
+
+
+def assert_uniform(x, low, high):
+    """Inside the range, filling it, and with the mean and spread of a uniform distribution."""
+    width = high - low
+    assert x.min() >= low - 1e-5 * width and x.max() <= high + 1e-5 * width
+    assert x.min() < low + 0.02 * width and x.max() > high - 0.02 * width
+    assert abs(x.mean() - (low + high) / 2) < 0.05 * width
+    assert abs(x.std() - width / math.sqrt(12)) < 0.05 * width
+
+
+@pytest.mark.parametrize(
+    ("layer", "settings", "slowest"),
+    [(Mamba2, {"head_dim": 1, "state_size": 1}, 1.0), (GatedDeltaNet, {"num_heads": 1024, "key_dim": 1}, 0.01)],
+    ids=["Mamba2", "GatedDeltaNet"],
+)
+def test_decay_rates_and_steps(start, layer, settings, slowest):
+    mixer = start(layer, 512, **settings)
+    assert mixer.decay.A_log.shape == mixer.decay.dt_bias.shape == (1024,)
+    assert_uniform(mixer.decay.A_log.detach().exp(), slowest, 16.0)
+    assert_uniform(F.softplus(mixer.decay.dt_bias.detach()).log(), math.log(1e-3), math.log(1e-1))
+
+
+def test_steps_are_never_below_the_smallest():
+    assert SMALLEST_STEP == 1e-4
+    decay = SoftplusDecay(1024, rate_range=(1.0, 16.0), step_range=(1e-6, 1e-1))
+    assert F.softplus(decay.dt_bias).min() >= SMALLEST_STEP * (1 - 1e-3)
+
+
+def test_norms_and_skips_are_one(start):
+    mamba2, delta = start(Mamba2, 32, head_dim=8), start(GatedDeltaNet, 32)
+    for parameter in (mamba2.skip, mamba2.norm.weight, delta.norm.weight):
+        assert (parameter == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "has_bias"), [(Mamba2, 4, True), (GatedDeltaNet, 4, False), (ShortConv, 3, False)]
+)
+def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
+    """``nn.Conv1d`` with a group for each channel: uniform up to one over the root of the taps, bias and all."""
+    conv = start(layer, 256).conv
+    channels = len(conv.weight)
+    theirs = nn.Conv1d(channels, channels, size, groups=channels, bias=has_bias)
+    assert conv.weight.shape == (channels, size)
+    assert (conv.bias is not None) == has_bias
+    for parameter in (*conv.parameters(), *theirs.parameters()):
+        assert_uniform(parameter.detach(), -(size**-0.5), size**-0.5)
+
+
+def test_projections_have_no_bias(start):
+    for layer in (Mamba2, GatedDeltaNet, ShortConv):
+        for name, module in start(layer, 64).named_modules():
+            assert not isinstance(module, nn.Linear) or module.bias is None, name
+
+
+def test_projections_have_the_official_widths(start):
+    """E = 2 D inner channels: W_in gives z, x, B, C and dt; the convolution runs over x, B and C."""
+    mamba2 = start(Mamba2, 64, state_size=16, num_groups=2)
+    assert mamba2.projection.weight.shape == (2 * 128 + 2 * 2 * 16 + 2, 64)
+    assert len(mamba2.conv.weight) == 128 + 2 * 2 * 16
+    delta = start(GatedDeltaNet, 64, num_heads=4)
+    assert (delta.key_dim, delta.value_dim) == (12, 24)  # 0.75 D keys and 1.5 D values in all
+    assert len(delta.conv.weight) == 4 * (12 + 12 + 24)
