@@ -40,6 +40,7 @@ class GatedDeltaNet(Mixer):
         key_dim: size of a key; None for three quarters of ``dim / num_heads``.
         value_dim: size of a value; None for ``2 * key_dim``.
         conv_size: taps of the short convolution on queries, keys and values.
+        use_gate: whether the normalised output is multiplied by ``silu(W x)``.
         norm_eps: added to the mean square in the output norm.
         backend: ``auto``, ``chunked`` or ``reference``.
 
@@ -58,6 +59,7 @@ class GatedDeltaNet(Mixer):
         key_dim: int | None = None,
         value_dim: int | None = None,
         conv_size: int = 4,
+        use_gate: bool = True,
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
@@ -79,7 +81,7 @@ class GatedDeltaNet(Mixer):
         self.decay = SoftplusDecay(num_heads, rate_range=(0.01, 16.0))
         self.write = nn.Linear(dim, num_heads, bias=False)
         self.norm = GroupRMSNorm(value_dim, eps=norm_eps)
-        self.gate = nn.Linear(dim, num_heads * value_dim, bias=False)
+        self.gate = nn.Linear(dim, num_heads * value_dim, bias=False) if use_gate else None
         self.out = nn.Linear(num_heads * value_dim, dim, bias=False)
 
     def forward(
@@ -95,8 +97,10 @@ class GatedDeltaNet(Mixer):
         y, memory = gated_delta_rule(
             q, k, v, log_decay, self.write(x).sigmoid(), state and state.memory, starts, backend=self.backend
         )
-        y = self.norm(y) * F.silu(rearrange(self.gate(x), "b t (h d) -> b t h d", h=self.num_heads))
-        return self.out(rearrange(y, "b t h d -> b t (h d)")), GatedDeltaNetState(memory, conv)
+        y = rearrange(self.norm(y), "b t h d -> b t (h d)")
+        if self.gate is not None:
+            y = y * F.silu(self.gate(x))
+        return self.out(y), GatedDeltaNetState(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         wide = torch.promote_types(dtype, torch.float32)
