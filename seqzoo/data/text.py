@@ -148,16 +148,16 @@ class TextData(L.LightningDataModule):
                         f"{total:,} bytes at validation_fraction={self.validation_fraction}; a sequence_length of at "
                         f"most {size} fits, or more text"
                     )
-            return read(split[0]), read(split[1])
+            training, held_out = read(split[0]), read(split[1])
         except OSError as error:
             raise ValueError(f"files: cannot read {error.filename}: {error.strerror}") from error
+        sizes = (f"{len(part.text):,} bytes in {len(part.bounds) - 1:,} documents" for part in (training, held_out))
+        announce("TextData: {} to train on, {} held out".format(*sizes))
+        return training, held_out
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the text."""
-        training, held_out = (
-            f"{len(corpus.text):,} bytes in {len(corpus.bounds) - 1:,} documents" for corpus in self.corpora
-        )
-        announce(f"TextData: {training} to train on, {held_out} held out")
+        """Read the text, once."""
+        _ = self.corpora
 
     def held_out_documents(self) -> list[UInt8[Tensor, " bytes"]]:
         """The held-out files, whole and in order."""

@@ -108,7 +108,7 @@ class Attention(Mixer):
     def _attend_window(self, q, k, v, positions, state, unbroken):
         assert self.window is not None
         time, position = k.shape[1], positions[:, -1] + 1
-        if state is not None and time == 1:
+        if state is not None and time == 1 and unbroken:
             ring = state.step(k, v, position, self.window, self.sinks)
             visible = held_positions(position, self.window, self.sinks) >= 0
             return self._attend(q, ring.keys, ring.values, visible[:, None]), ring

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from seqzoo.mixer import Mixer
 from seqzoo.models.language_model import LanguageModel
 
 CONFIG_KEY = "seqzoo_config"
@@ -39,15 +42,48 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> Langu
     Raises:
         ValueError: there is no such file, it is damaged, or it was not written by seqzoo.
     """
-    file = find_checkpoint(Path(path))
-    config, weights = _read_safetensors(file) if file.suffix == ".safetensors" else _read_lightning(file)
-    net = build_model(config)
-    missing, unexpected = net.load_state_dict(weights, strict=False)
-    if net.unembedding.weight is net.embedding.weight:
-        missing = [name for name in missing if name != "unembedding.weight"]
-    if missing or unexpected:
-        raise ValueError(f"checkpoint {file} does not fit its config: missing {missing}, unexpected {unexpected}")
+    config, weights = read_checkpoint(path)
+    try:
+        net = build_model(config)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from error
+    check_weights(path, weights, net)
+    net.load_state_dict(weights, strict=False)
     return net.to(device)
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights in a checkpoint; path and errors as in ``load_model``."""
+    file = find_checkpoint(Path(path))
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_lightning(file)
+
+
+def check_weights(path: str | Path, weights: dict[str, Tensor], net: LanguageModel) -> None:
+    """Raise ValueError unless ``weights``, read from ``path``, are those of a model like ``net``."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    # Tied weights have two names in a Lightning checkpoint and one in safetensors.
+    names = wanted.keys() | (found.keys() - net.state_dict().keys())
+    differing = sorted(name for name in names if wanted.get(name) != found.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"checkpoint {path} is of another model: {name} is {found.get(name, 'missing')} there and "
+            f"{wanted.get(name, 'missing')} here; use the config that it was trained with"
+        )
+
+
+def check_layers(layers: dict[str, Any]) -> None:
+    """Raise ValueError unless every layer of a parsed config names a mixer.
+
+    The parser takes any dotted path to something callable, and a function would be called with the file's arguments.
+    """
+    for name, layer in layers.items():
+        path = getattr(layer, "class_path", layer)
+        module, _, attribute = str(path).rpartition(".")
+        found = getattr(importlib.import_module(module), attribute, None) if module else None
+        if not (isinstance(found, type) and issubclass(found, Mixer)):
+            raise ValueError(f"model.net.layers.{name}: {path} is not a layer; expected a subclass of seqzoo.Mixer")
 
 
 def build_model(config: dict[str, Any]) -> LanguageModel:
@@ -61,7 +97,9 @@ def build_model(config: dict[str, Any]) -> LanguageModel:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(LanguageModel, "net")
     try:
-        return parser.instantiate(parser.parse_object({"net": config}))["net"]
+        parsed = parser.parse_object({"net": copy.deepcopy(config)})
+        check_layers(parsed["net"]["layers"])
+        return parser.instantiate(parsed)["net"]
     except ArgumentError as error:
         raise ValueError(f"the model's config cannot be built: {' '.join(str(error).split())}") from error
 
@@ -100,6 +138,8 @@ def _read_lightning(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except Exception as error:  # torch raises many types for many kinds of damage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"checkpoint {file} is damaged or holds more than tensors: {reason}") from error
+    if not (isinstance(saved, dict) and isinstance(saved.get("state_dict"), dict)):
+        raise ValueError(f"checkpoint {file} was not written by seqzoo: it has no 'state_dict'")
     weights = {
         name.removeprefix(MODEL_PREFIX): tensor
         for name, tensor in saved.get("state_dict", {}).items()
@@ -111,4 +151,10 @@ def _read_lightning(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _config(file: Path, saved: dict[str, Any]) -> dict[str, Any]:
     if CONFIG_KEY not in saved:
         raise ValueError(f"checkpoint {file} was not written by seqzoo: it has no {CONFIG_KEY!r}")
-    return json.loads(saved[CONFIG_KEY])
+    try:
+        config = json.loads(saved[CONFIG_KEY])
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"checkpoint {file} is damaged: its config is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"checkpoint {file} is damaged: its config is a {type(config).__name__}, not a mapping")
+    return config

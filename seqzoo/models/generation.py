@@ -13,7 +13,7 @@ from seqzoo.models.language_model import LanguageModel
 
 def stream(
     net: LanguageModel,
-    prompts: Sequence[Int[Tensor, " time"]],
+    prompts: Sequence[Int[Tensor, " _"]],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -44,7 +44,7 @@ def stream(
 
 
 def generate(
-    net: LanguageModel, prompts: Sequence[Int[Tensor, " time"]], *, max_new_tokens: int, **sampling
+    net: LanguageModel, prompts: Sequence[Int[Tensor, " _"]], *, max_new_tokens: int, **sampling
 ) -> Int[Tensor, "batch new"]:
     """All tokens of ``stream`` at once; same arguments, same errors."""
     tokens = list(stream(net, prompts, max_new_tokens=max_new_tokens, **sampling))
@@ -72,7 +72,7 @@ def _stream(net, prompts, max_new_tokens, temperature, top_k, top_p, prefill_chu
         for index in range(max_new_tokens):
             with torch.inference_mode():
                 token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            yield token
+            yield token.clone()  # made outside inference mode, so that it may be trained on
             if index + 1 < max_new_tokens:
                 with torch.inference_mode():
                     hidden, state = net.hidden(token[:, None], state)
@@ -94,7 +94,8 @@ def sample(
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        values, kept = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(1, kept, values)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         likely = ordered.softmax(-1)
@@ -108,11 +109,12 @@ def _check(net, prompts, max_new_tokens, temperature, top_k, top_p, prefill_chun
     if not prompts or any(prompt.ndim != 1 or len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts: give at least one, each a vector of at least one token id")
     for prompt in prompts:
-        if int(prompt.min()) < 0 or int(prompt.max()) >= net.vocab_size:
-            raise ValueError(f"a prompt holds token {int(prompt.max())}; ids run from 0 to {net.vocab_size - 1}")
+        wrong = prompt[(prompt < 0) | (prompt >= net.vocab_size)]
+        if len(wrong):
+            raise ValueError(f"a prompt holds token {int(wrong[0])}; ids run from 0 to {net.vocab_size - 1}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: use 0 or more")
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature={temperature}: use 0 (the most likely token) or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: use 1 or more, or None for all tokens")

@@ -98,6 +98,8 @@ class LanguageModel(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, in place."""
+        if self._settings["tie_embeddings"]:
+            self.unembedding.weight = self.embedding.weight  # Module.to_empty() unties them
         for child in (self.embedding, *self.norms, *self.mixers, self.norm, self.unembedding):
             reset_parameters(child)
         self._scale_parameters()

@@ -11,12 +11,15 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from seqzoo.training.language_modeling import LanguageModeling
+from seqzoo.models.checkpoint import check_layers, check_weights, read_checkpoint
+from seqzoo.training.language_modeling import LanguageModeling, require_steps
 from seqzoo.training.parse_errors import explain_parse_error
 from seqzoo.training.progress import ProgressBar
 from seqzoo.training.random_state import RandomState
 
 RUNS = "runs"
+LIGHTNING_CHECKPOINTS = ("best", "last", "hpc")
+"""Words that the trainer itself resolves to a file."""
 
 
 class TrainingCommand(LightningCLI):
@@ -58,6 +61,22 @@ class TrainingCommand(LightningCLI):
             chosen = self._subcommand_parsers.get(args[0], parser) if args and self.run else parser
             known = chosen.get_defaults(skip_validation=True).keys(branches=True)
             raise ValueError(explain_parse_error(str(error), known)) from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"config: not text in UTF-8 ({error.reason} at byte {error.start})") from error
+        chosen = self.config[args[0]] if self.run else self.config
+        check_layers(chosen["model"]["net"]["layers"])
+        path = chosen.get("ckpt_path")
+        self._checkpoint = None if path in (None, *LIGHTNING_CHECKPOINTS) else path
+        self._weights = {} if self._checkpoint is None else read_checkpoint(self._checkpoint)[1]
+
+    def after_instantiate_classes(self) -> None:
+        # Whatever can be refused is refused here, before a run's folder exists.
+        if self._checkpoint is not None:
+            check_weights(self._checkpoint, self._weights, self.model.net)
+        if self.subcommand == "fit":
+            require_steps(self.trainer)
+        if self.run:
+            self.datamodule.setup(self.subcommand)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(

@@ -78,10 +78,7 @@ class LanguageModeling(L.LightningModule):
     # Training
 
     def on_fit_start(self) -> None:
-        if self.trainer.max_steps < 1:
-            raise ValueError(
-                f"trainer.max_steps={self.trainer.max_steps}: training data never ends; set a number of optimizer steps"
-            )
+        require_steps(self.trainer)
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self.net, self.weight_decay)
@@ -185,6 +182,14 @@ class LanguageModeling(L.LightningModule):
         if len(scores) > 1:
             for name, (loss, accuracy) in scores.items():
                 self.log_dict({f"{stage}/loss/{name}": loss, f"{stage}/accuracy/{name}": accuracy})
+
+
+def require_steps(trainer: L.Trainer) -> None:
+    """Raise ValueError unless training has an end, which the schedule needs too."""
+    if trainer.max_steps < 1:
+        raise ValueError(
+            f"trainer.max_steps={trainer.max_steps}: training data never ends; set a number of optimizer steps"
+        )
 
 
 class _Score(nn.Module):

@@ -25,8 +25,9 @@ def short_conv(x, weight, bias, state, starts, activation):
         y = y + (tap if age is None else tap.masked_fill(age < back, 0))
     if bias is not None:
         y = y + bias.to(x.dtype)
-    last = padded[:, time:]
-    if age is not None:
+    if age is None:
+        last = padded[:, time:].clone()  # a view would keep all of x in memory
+    else:
         distance = torch.arange(history, 0, -1, device=x.device)[:, None]
-        last = last.masked_fill(age[:, -1:] < distance - 1, 0)
+        last = padded[:, time:].masked_fill(age[:, -1:] < distance - 1, 0)
     return F.silu(y) if activation == "silu" else y, last
