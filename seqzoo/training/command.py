@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from seqzoo.models.checkpoint import check_layers, check_weights, read_checkpoint
+from seqzoo.models.checkpoint import check_layers, check_weights, find_checkpoint, read_checkpoint
 from seqzoo.training.language_modeling import LanguageModeling, require_steps
 from seqzoo.training.parse_errors import explain_parse_error
 from seqzoo.training.progress import ProgressBar
@@ -66,7 +66,9 @@ class TrainingCommand(LightningCLI):
         chosen = self.config[args[0]] if self.run else self.config
         check_layers(chosen["model"]["net"]["layers"])
         path = chosen.get("ckpt_path")
-        self._checkpoint = None if path in (None, *LIGHTNING_CHECKPOINTS) else path
+        self._checkpoint = None if path in (None, *LIGHTNING_CHECKPOINTS) else str(find_checkpoint(Path(path)))
+        if self._checkpoint is not None:
+            chosen["ckpt_path"] = self._checkpoint
         self._weights = {} if self._checkpoint is None else read_checkpoint(self._checkpoint)[1]
 
     def after_instantiate_classes(self) -> None:

@@ -97,31 +97,38 @@ class LanguageModeling(L.LightningModule):
         finite = loss.detach().isfinite()
         self._finite = finite if self._finite is None else self._finite & finite
         self.log("train/loss", loss, prog_bar=True)
-        if self._logs(batch_idx):
+        if self._logs():
             self._log_pace(batch)
             self._log_state(state)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._logs(self.global_step):
+        if self._logs():
             self._check_finite()
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
-    def _logs(self, index: int) -> bool:
-        return index % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+    def _logs(self) -> bool:
+        """Whether the step in progress is one of those that Lightning writes down, at their ends."""
+        every = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        return (self.global_step + 1) % every == 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_finite()
+        if not all(parameter.isfinite().all() for parameter in self.net.parameters()):
+            raise ValueError(self._diverged("a weight is not a number"))
         checkpoint[CONFIG_KEY] = json.dumps(self.net.config())
 
     def _check_finite(self) -> None:
         # Read back here only: a look at every step would make a GPU wait for the CPU.
         if self._finite is not None and not self._finite:
-            raise ValueError(
-                f"the training loss is not a number by step {self.global_step}, at learning_rate={self.learning_rate}; "
-                "lower it, or set trainer.gradient_clip_val; go on from the last checkpoint with --ckpt_path"
-            )
+            raise ValueError(self._diverged("the training loss is not a number"))
+
+    def _diverged(self, what: str) -> str:
+        return (
+            f"{what} by step {self.global_step}, at learning_rate={self.learning_rate}; lower it, or set "
+            "trainer.gradient_clip_val; go on from the last checkpoint with --ckpt_path"
+        )
 
     def _log_pace(self, batch: dict[str, Tensor]) -> None:
         now, step = time.perf_counter(), self.trainer.fit_loop.epoch_loop.total_batch_idx
