@@ -390,7 +390,7 @@ def test_a_checkpoint_is_tensors_and_plain_data_and_loads_as_a_model(tmp_path):
 def test_refuses_the_checkpoint_of_another_model(tmp_path):
     saver = ModelCheckpoint(tmp_path, "{step}", save_last=True)
     fit(LanguageModeling(make_net()), make_mqar(), tmp_path, callbacks=[saver])
-    with pytest.raises(ValueError, match="checkpoint is of another model") as error:
+    with pytest.raises(ValueError, match="is of another model") as error:
         fit(LanguageModeling(make_net(dim=16)), make_mqar(), tmp_path, checkpoint=tmp_path / "last.ckpt", max_steps=2)
     assert "\n" not in str(error.value)
 

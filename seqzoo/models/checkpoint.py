@@ -140,12 +140,13 @@ def _read_lightning(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"checkpoint {file} is damaged or holds more than tensors: {reason}") from error
     if not (isinstance(saved, dict) and isinstance(saved.get("state_dict"), dict)):
         raise ValueError(f"checkpoint {file} was not written by seqzoo: it has no 'state_dict'")
-    weights = {
-        name.removeprefix(MODEL_PREFIX): tensor
-        for name, tensor in saved.get("state_dict", {}).items()
-        if name.startswith(MODEL_PREFIX)
-    }
-    return _config(file, saved), weights
+    return _config(file, saved), lightning_weights(saved)
+
+
+def lightning_weights(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's own weights among those of the Lightning module that holds it as ``net``."""
+    names = (name for name in saved["state_dict"] if name.startswith(MODEL_PREFIX))
+    return {name.removeprefix(MODEL_PREFIX): saved["state_dict"][name] for name in names}
 
 
 def _config(file: Path, saved: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import MeanMetric
 
 from seqzoo.evals.recall import RecallAccuracy
-from seqzoo.models.checkpoint import CONFIG_KEY
+from seqzoo.models.checkpoint import CONFIG_KEY, check_weights, lightning_weights
 from seqzoo.models.language_model import IGNORED, LanguageModel
 from seqzoo.training.optimizer_groups import parameter_groups
 from seqzoo.training.schedules import warmup_cosine
@@ -118,6 +118,9 @@ class LanguageModeling(L.LightningModule):
         if not all(parameter.isfinite().all() for parameter in self.net.parameters()):
             raise ValueError(self._diverged("a weight is not a number"))
         checkpoint[CONFIG_KEY] = json.dumps(self.net.config())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_weights("to go on from", lightning_weights(checkpoint), self.net)
 
     def _check_finite(self) -> None:
         # Read back here only: a look at every step would make a GPU wait for the CPU.
