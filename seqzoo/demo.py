@@ -11,7 +11,7 @@ HYBRID = "lm/hybrid.yaml"
 RECALL = ("recall/small_attention.yaml", "recall/small_sliding_window.yaml", "recall/small_hybrid.yaml")
 
 
-def demo(output: str = "runs/demo", text_steps: int = 120, recall_steps: int = 600) -> None:
+def demo(output: str = "runs/demo", text_steps: int = 100, recall_steps: int = 600) -> None:
     """Train a hybrid of gated delta rule, sliding window and Mamba-2 on real text, then measure it.
 
     The text is the source code of Python's standard library, which every machine has.
