@@ -8,43 +8,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLANNED = {
-    "native": "compiled CPU kernels are not part of this release",
-    "triton": "fused GPU kernels are not part of this release",
+# What ``auto`` tries first to last, for one token and for more. Adapters of other packages run only when asked for.
+PREFERRED = {True: ("triton", "native", "reference"), False: ("triton", "native", "chunked")}
+
+WHY_NOT_AUTO = {
+    "reference": "walks token by token: right for one token, slow for more",
+    "chunked": "pays for a whole chunk even when there is one token, and for many passes over memory",
 }
 
 
-def choose(operator: str, implementations: Mapping[str, Callable[..., Any]], backend: str, time: int) -> str:
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run on tensors of this kind; None where it can."""
+    return None
+
+
+def choose(
+    operator: str, implementations: Mapping[str, Callable[..., Any]], backend: str, sample: Tensor, time: int
+) -> str:
     """The name of the implementation that ``backend`` asks for.
 
     Args:
         operator: name of the operator, for messages.
         implementations: what exists, by name.
-        backend: a name, or ``auto``: one token is stepped by ``reference``, more go through ``chunked``.
+        backend: a name, or ``auto``: the fused kernels of the device where they can run; else one token is stepped by
+            ``reference`` and more go through ``chunked``.
+        sample: the input whose device and dtype decide.
         time: tokens in the call.
 
     Raises:
-        ValueError: ``backend`` cannot serve this operator; the message says why and what can.
+        ValueError: ``backend`` cannot serve; the message says why and what can.
     """
+    device, dtype = sample.device, sample.dtype
     if backend == "auto":
-        return "reference" if time == 1 else "chunked"
-    if backend not in implementations:
-        why = PLANNED.get(backend, "there is no such backend")
-        raise ValueError(
-            f"backend={backend!r} cannot run {operator}: {why}; use {', '.join(['auto', *implementations])}"
-        )
+        for name in PREFERRED[time == 1]:
+            if name in implementations and why_not(name, device, dtype) is None:
+                return name
+    names = ["auto", *implementations]
+    why = why_not(backend, device, dtype) if backend in names else "there is no such backend"
+    if why is not None:
+        raise ValueError(f"backend={backend!r} cannot run {operator}: {why}; use {', '.join(names)}")
     return backend
 
 
-def explain(operator: str, implementations: Mapping[str, Callable[..., Any]], time: int) -> str:
+def explain(
+    operator: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    time: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> str:
     """Which implementation ``auto`` takes for a call of ``time`` tokens, and why not the others."""
-    chosen = choose(operator, implementations, "auto", time)
-    reasons = {
-        "reference": "walks token by token: right for one token, slow for more",
-        "chunked": "pays for a whole chunk even when there is one token",
-    } | PLANNED
-    lines = [f"{operator}, {time} token(s): {chosen}"]
-    lines += [f"  not {name}: {reason}" for name, reason in reasons.items() if name != chosen]
+    device = torch.device(device)
+    chosen = choose(operator, implementations, "auto", torch.empty(0, device=device, dtype=dtype), time)
+    lines = [f"{operator}, {time} token(s) of {str(dtype).removeprefix('torch.')} on {device.type}: {chosen}"]
+    for name in implementations:
+        if name != chosen:
+            reason = why_not(name, device, dtype) or WHY_NOT_AUTO.get(name, "runs only when it is asked for")
+            lines.append(f"  not {name}: {reason}")
     return "\n".join(lines)
 
 

@@ -49,12 +49,12 @@ def gated_delta_rule(
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
     check_heads("gated_delta_rule", q, k, v, {"log_decay": log_decay, "beta": beta}, state, starts)
-    run = IMPLEMENTATIONS[choose("gated_delta_rule", IMPLEMENTATIONS, backend, v.shape[1])]
+    run = IMPLEMENTATIONS[choose("gated_delta_rule", IMPLEMENTATIONS, backend, v, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):
         return run(q, k, v, log_decay, beta, state, starts)
 
 
-def explain(time: int) -> str:
+def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("gated_delta_rule", IMPLEMENTATIONS, time)
+    return _explain("gated_delta_rule", IMPLEMENTATIONS, time, device, dtype)

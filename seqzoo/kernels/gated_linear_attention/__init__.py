@@ -47,12 +47,12 @@ def gated_linear_attention(
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
     check_heads("gated_linear_attention", q, k, v, {"log_decay": log_decay}, state, starts)
-    run = IMPLEMENTATIONS[choose("gated_linear_attention", IMPLEMENTATIONS, backend, v.shape[1])]
+    run = IMPLEMENTATIONS[choose("gated_linear_attention", IMPLEMENTATIONS, backend, v, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):
         return run(q, k, v, log_decay, state, starts)
 
 
-def explain(time: int) -> str:
+def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("gated_linear_attention", IMPLEMENTATIONS, time)
+    return _explain("gated_linear_attention", IMPLEMENTATIONS, time, device, dtype)

@@ -23,6 +23,9 @@ def gated_linear_attention(q, k, v, log_decay, state, starts):
     return torch.stack(outputs, 1).to(v.dtype), memory
 
 
+VARIANTS = {"scalar decay": {}}
+
+
 def example(
     batch: int = 2,
     time: int = 37,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -57,10 +58,10 @@ def short_conv(
     check_shape("short_conv", "bias", bias, (channels,))
     check_shape("short_conv", "state", state, (batch, weight.shape[1] - 1, channels))
     check_shape("short_conv", "starts", starts, (batch, time))
-    run = IMPLEMENTATIONS[choose("short_conv", IMPLEMENTATIONS, backend, time)]
+    run = IMPLEMENTATIONS[choose("short_conv", IMPLEMENTATIONS, backend, x, time)]
     return run(x, weight, bias, state, starts, activation)
 
 
-def explain(time: int) -> str:
+def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("short_conv", IMPLEMENTATIONS, time)
+    return _explain("short_conv", IMPLEMENTATIONS, time, device, dtype)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 
 def short_conv(x, weight, bias, state, starts, activation):
@@ -22,9 +23,19 @@ def short_conv(x, weight, bias, state, starts, activation):
     return (F.silu(y) if activation == "silu" else y).to(x.dtype), window
 
 
+VARIANTS = {"no activation": {}, "silu": {"activation": "silu"}, "no bias": {"bias": False}}
+
+
 def example(
-    batch: int = 2, time: int = 37, channels: int = 6, size: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> dict[str, Tensor]:
+    batch: int = 2,
+    time: int = 37,
+    channels: int = 6,
+    size: int = 4,
+    bias: bool = True,
+    activation: str | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Random inputs in legal ranges, as keyword arguments of the operator."""
     random = torch.Generator().manual_seed(seed)
     shapes = {
@@ -33,4 +44,7 @@ def example(
         "bias": (channels,),
         "state": (batch, size - 1, channels),
     }
-    return {name: torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+    inputs = {name: torch.randn(shape, generator=random, dtype=torch.float64) for name, shape in shapes.items()}
+    if not bias:
+        del inputs["bias"]
+    return {name: tensor.to(dtype) for name, tensor in inputs.items()} | {"activation": activation}
