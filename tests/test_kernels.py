@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
-from seqzoo.kernels import OPERATORS
+from seqzoo.kernels import OPERATORS, checked_ranges
 from seqzoo.kernels.chunks import UnitLowerInverse
 
 # The interpreter of Triton walks through a kernel's programs one by one: a few lengths stand for all.
@@ -418,6 +418,30 @@ def test_refuses_a_shape_that_does_not_fit(operator, backend, variant, unchecked
     for wrong in (starts[:, 1:], starts[:1], starts[0], starts[..., None]):
         with pytest.raises(ValueError, match=rf"{operator}: starts has shape .*; expected \(2, 5\)"):
             call(operator, backend, inputs, wrong)
+
+
+@every
+def test_refuses_what_has_no_token(operator, backend, variant, unchecked):
+    inputs = select(example(operator, variant), over(operator, variant, "time"), (slice(None), slice(0)))
+    with pytest.raises(ValueError, match=rf"{operator}: \w+ has shape \(2, 0, .*; expected a time of 1 or more"):
+        call(operator, backend, inputs)
+
+
+@parametrize([case for case in with_variants(EVERY) if "q" in example(case[0], case[2])])
+def test_refuses_queries_of_another_dtype(operator, backend, variant, unchecked):
+    inputs = example(operator, variant, dtype=torch.float32)
+    with pytest.raises(ValueError, match=rf"{operator}: q is torch.float64 on cpu; expected .* torch.float32 on cpu"):
+        call(operator, backend, inputs | {"q": inputs["q"].double()})
+
+
+@gated
+def test_refuses_a_growing_decay_when_ranges_are_checked(operator, backend, variant):
+    inputs = example(operator, variant)
+    with checked_ranges():
+        call(operator, backend, inputs)
+        with pytest.raises(ValueError, match=rf"{operator}: log_decay reaches 0.5; expected at most 0 everywhere"):
+            call(operator, backend, inputs | {"log_decay": inputs["log_decay"].clone().fill_(0.5)})
+    call(operator, backend, inputs | {"log_decay": inputs["log_decay"].clone().fill_(0.5)})
 
 
 def test_short_conv_refuses_an_activation_that_it_does_not_have(unchecked):

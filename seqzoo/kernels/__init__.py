@@ -1,12 +1,15 @@
 """Operators: one folder each, one signature each, several implementations.
 
 ``OPERATORS`` lists the implementations of every operator by name; ``explain`` in each folder says which one ``auto``
-takes.
+takes. ``checked_ranges`` is a context in which they also refuse values outside their legal range.
 """
 
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
 from seqzoo.kernels import short_conv as _short_conv
+from seqzoo.kernels.backends import checked_ranges
+
+__all__ = ["OPERATORS", "checked_ranges"]
 
 OPERATORS = {
     "short_conv": _short_conv.IMPLEMENTATIONS,

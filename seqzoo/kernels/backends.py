@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ WHY_NOT_AUTO = {
     "reference": "walks token by token: right for one token, slow for more",
     "chunked": "pays for a whole chunk even when there is one token, and for many passes over memory",
 }
+
+_checks_ranges = False
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -84,6 +87,35 @@ def check_shape(operator: str, name: str, tensor: Tensor | None, expected: tuple
         raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}; expected {expected}")
 
 
+def check_kind(operator: str, first: str, like: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless ``like``, called ``first``, has a token, and all ``others`` its dtype and device."""
+    if like.shape[1] == 0:
+        raise ValueError(f"{operator}: {first} has shape {tuple(like.shape)}, no token; expected a time of 1 or more")
+    for name, tensor in others.items():
+        if tensor is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
+            raise ValueError(
+                f"{operator}: {name} is {tensor.dtype} on {tensor.device}; expected what {first} is, "
+                f"{like.dtype} on {like.device}"
+            )
+
+
+@contextmanager
+def checked_ranges() -> Iterator[None]:
+    """Inside, operators also check that values are legal (no log decay above 0), which costs a pass over them."""
+    global _checks_ranges
+    before, _checks_ranges = _checks_ranges, True
+    try:
+        yield
+    finally:
+        _checks_ranges = before
+
+
+def check_log_decay(operator: str, log_decay: Tensor | None) -> None:
+    """Under ``checked_ranges``, raise ValueError unless ``log_decay`` is at most 0 everywhere."""
+    if _checks_ranges and log_decay is not None and not (log_decay <= 0).all():
+        raise ValueError(f"{operator}: log_decay reaches {log_decay.max().item():g}; expected at most 0 everywhere")
+
+
 def check_heads(
     operator: str,
     q: Tensor,
@@ -99,7 +131,9 @@ def check_heads(
             f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; expected "
             "[batch, time, group, key] twice and [batch, time, head, value] with head a multiple of group"
         )
+    check_kind(operator, "v", v, q=q, k=k)
     for name, gate in gates.items():
         check_shape(operator, name, gate, tuple(v.shape[:3]))
     check_shape(operator, "state", state, (v.shape[0], v.shape[2], q.shape[3], v.shape[3]))
     check_shape(operator, "starts", starts, tuple(v.shape[:2]))
+    check_log_decay(operator, gates.get("log_decay"))

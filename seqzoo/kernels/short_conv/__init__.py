@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_shape, choose
+from seqzoo.kernels.backends import check_kind, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.short_conv import chunked, reference
 
@@ -58,6 +58,7 @@ def short_conv(
     check_shape("short_conv", "bias", bias, (channels,))
     check_shape("short_conv", "state", state, (batch, weight.shape[1] - 1, channels))
     check_shape("short_conv", "starts", starts, (batch, time))
+    check_kind("short_conv", "x", x)
     run = IMPLEMENTATIONS[choose("short_conv", IMPLEMENTATIONS, backend, x, time)]
     return run(x, weight, bias, state, starts, activation)
 
