@@ -324,10 +324,13 @@ def make_noisy() -> LanguageModel:
     return make_net(pattern=["delta", "noise"], layers={"delta": GatedDeltaNet, "noise": Noisy}, vocab_size=256)
 
 
-def train(data, folder, *, checkpoint=None, callbacks=(), accumulate=1) -> tuple[list[float], LanguageModel]:
+def train(
+    data, folder, *, checkpoint=None, callbacks=(), accumulate=1, validate_every=None
+) -> tuple[list[float], LanguageModel]:
     """Losses of all batches, and the net, of a run of six steps from fresh objects."""
     net, recorder = make_noisy(), Recorder()
-    settings = {"max_steps": 6, "accumulate_grad_batches": accumulate, "val_check_interval": 2 * accumulate}
+    validate_every = validate_every or 2 * accumulate
+    settings = {"max_steps": 6, "accumulate_grad_batches": accumulate, "val_check_interval": validate_every}
     module = LanguageModeling(net, learning_rate=0.05, warmup_steps=2)
     callbacks = [recorder, *callbacks]
     fit(module, data, folder, callbacks=callbacks, checkpoint=checkpoint, **settings)
@@ -361,6 +364,31 @@ def test_a_resumed_run_is_the_same_run(kind, accumulate, corpus, tmp_path):
         assert rest == losses[done * accumulate :], name
         for (parameter, value), other in zip(net.state_dict().items(), resumed.state_dict().values(), strict=True):
             assert torch.equal(value, other), parameter
+
+
+class SaveAfterEveryBatch(L.Callback):
+    """Checkpoints named by the number of batches trained on, most of them in the middle of an accumulated step."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"batch={batch_idx + 1}.ckpt")
+
+
+def test_a_run_resumed_between_two_micro_batches_is_the_same_run(tmp_path):
+    settings = {"accumulate": 3, "validate_every": 4}
+    savers = [SaveAfterEveryBatch(tmp_path), ModelCheckpoint(tmp_path, "{step}", monitor="val/loss", save_top_k=-1)]
+    losses, net = train(make_mqar(), tmp_path, callbacks=[RandomState(), *savers], **settings)
+    assert len(losses) == 18
+    for name, done in {"batch=1": 1, "batch=2": 2, "batch=3": 3, "step=1": 4, "batch=5": 5, "step=2": 8}.items():
+        disturb_generators()
+        checkpoint = tmp_path / f"{name}.ckpt"
+        assert bool(torch.load(checkpoint, weights_only=True)["accumulated_gradients"]) == (done % 3 > 0), name
+        rest, resumed = train(make_mqar(), tmp_path, checkpoint=checkpoint, callbacks=[RandomState()], **settings)
+        assert rest == losses[done:], name
+        for (parameter, value), other in zip(net.state_dict().items(), resumed.state_dict().values(), strict=True):
+            assert torch.equal(value, other), (name, parameter)
 
 
 def test_random_numbers_matter_to_a_resumed_run(tmp_path):

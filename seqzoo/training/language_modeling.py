@@ -25,6 +25,8 @@ from seqzoo.models.language_model import IGNORED, LanguageModel
 from seqzoo.training.optimizer_groups import parameter_groups
 from seqzoo.training.schedules import warmup_cosine
 
+GRADIENTS_KEY = "accumulated_gradients"
+
 
 class LanguageModeling(L.LightningModule):
     """AdamW, warm-up and cosine, on the mean cross-entropy of the labelled positions.
@@ -74,11 +76,19 @@ class LanguageModeling(L.LightningModule):
         self._scores: dict[str, _Score] = {}
         self._clock: tuple[float, int] | None = None
         self._finite: Tensor | None = None
+        self._accumulating = False
+        self._accumulated: dict[str, Tensor] = {}
 
     # Training
 
     def on_fit_start(self) -> None:
         require_steps(self.trainer)
+
+    def on_train_start(self) -> None:
+        for name, gradient in self._accumulated.items():
+            parameter = self.net.get_parameter(name)
+            parameter.grad = gradient.to(parameter)
+        self._accumulated = {}
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self.net, self.weight_decay)
@@ -102,7 +112,11 @@ class LanguageModeling(L.LightningModule):
             self._log_state(state)
         return loss
 
+    def on_after_backward(self) -> None:
+        self._accumulating = True
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._accumulating = False
         if self._logs():
             self._check_finite()
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
@@ -118,9 +132,16 @@ class LanguageModeling(L.LightningModule):
         if not all(parameter.isfinite().all() for parameter in self.net.parameters()):
             raise ValueError(self._diverged("a weight is not a number"))
         checkpoint[CONFIG_KEY] = json.dumps(self.net.config())
+        # Between two micro-batches the gradient so far belongs to the run; the mean of all processes serves each.
+        checkpoint[GRADIENTS_KEY] = {
+            name: self.trainer.strategy.reduce(parameter.grad.clone(), reduce_op="mean")
+            for name, parameter in self.net.named_parameters()
+            if self._accumulating and parameter.grad is not None
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_weights("to go on from", lightning_weights(checkpoint), self.net)
+        self._accumulated = checkpoint.get(GRADIENTS_KEY, {})
 
     def _check_finite(self) -> None:
         # Read back here only: a look at every step would make a GPU wait for the CPU.
