@@ -305,6 +305,26 @@ def test_a_strong_decay_forgets_all_before_it(operator, backend, variant):
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-6)
 
 
+@parametrize(with_variants(pair for pair in EVERY if pair[0].endswith("scan")))
+def test_scans_keep_to_the_equation_at_the_limits(operator, backend, variant):
+    """Nothing kept, almost nothing, and all of it; the gates of the selective scan saturated both ways."""
+    examples = []
+    for seed in range(3):
+        inputs = example(operator, variant, time=100, dtype=torch.float32, seed=seed)
+        if operator == "linear_scan":
+            # The last axis is the one that a constant has as well.
+            inputs["a"][..., :3] = torch.tensor([0, 1e-30, 1])
+        else:
+            inputs["dt"][:, ::7], inputs["dt"][:, 3::7] = 1e4, -1e4
+            inputs["A"][:, 0] = -1e4
+            if "gate" in inputs:
+                inputs["gate"][:, ::5], inputs["gate"][:, 3::5] = 1e4, -1e4
+        for name, tensor in differentiate(operator, backend, inputs).items():
+            assert tensor.isfinite().all(), name
+        examples.append(inputs)
+    assert_as_precise_as_plain_pytorch(operator, backend, examples)
+
+
 @delta
 def test_writes_with_strength_up_to_two(operator, backend, variant):
     examples = []

@@ -6,6 +6,8 @@ takes. ``checked_ranges`` is a context in which they also refuse values outside 
 
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
+from seqzoo.kernels import linear_scan as _linear_scan
+from seqzoo.kernels import selective_scan as _selective_scan
 from seqzoo.kernels import short_conv as _short_conv
 from seqzoo.kernels.backends import checked_ranges
 
@@ -13,6 +15,8 @@ __all__ = ["OPERATORS", "checked_ranges"]
 
 OPERATORS = {
     "short_conv": _short_conv.IMPLEMENTATIONS,
+    "linear_scan": _linear_scan.IMPLEMENTATIONS,
+    "selective_scan": _selective_scan.IMPLEMENTATIONS,
     "gated_linear_attention": _gated_linear_attention.IMPLEMENTATIONS,
     "gated_delta_rule": _gated_delta_rule.IMPLEMENTATIONS,
 }
