@@ -5,10 +5,11 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c 
 BASE := $(VENV)/.base
 TEST := $(VENV)/.test
 DEV := $(VENV)/.dev
+NATIVE := $(VENV)/.native
 
 .PHONY: demo test test-all check bench
 
-demo: $(BASE)
+demo: $(NATIVE)
 	$(VENV)/bin/seqzoo demo
 
 test: $(TEST)
@@ -22,15 +23,20 @@ check: $(DEV)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-bench: $(BASE)
+bench: $(NATIVE)
 	$(VENV)/bin/python scripts/bench.py
 
-$(BASE): pyproject.toml constraints.txt
+$(BASE): pyproject.toml constraints.txt hatch_build.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	touch $@
 
-$(TEST): $(BASE)
+# Installing has built the kernels; after a change of their sources what changed is compiled again.
+$(NATIVE): $(BASE) $(wildcard seqzoo/kernels/*/*.cpp seqzoo/kernels/*/*.h) seqzoo/kernels/native/build.py
+	$(VENV)/bin/python seqzoo/kernels/native/build.py
+	touch $@
+
+$(TEST): $(NATIVE)
 	$(PIP) -e ".[test]"
 	touch $@
 

@@ -1,0 +1,76 @@
+"""How an operator's native.py calls its native.cpp.
+
+    SCAN = Function("linear_scan_forward")                       # found in the library at the first call
+
+    def run(x, decay, state):                                    # registered by seqzoo/kernels/torch_operators.py
+        x, decay, state = dense(x, decay, state)                 # C++ reads rows without strides
+        y = torch.empty_like(x)
+        SCAN(DTYPES[x.dtype], torch.get_num_threads(), x, decay, state, y, *x.shape)
+        return y
+
+In C++ every argument is a pointer (null for None), an `int64_t` (ints and bools) or a `double`:
+
+    SEQZOO_EXPORT void linear_scan_forward(int64_t dtype, int64_t threads, const void* x, ...) {
+        with_dtype(dtype, [&](auto kind) {
+            using T = decltype(kind);
+            forward(threads, static_cast<const T*>(x), ...);
+        });
+    }
+
+`parallel_for(threads, count, body)` of interface.h spreads work; OpenMP pragmas are refused by the build. Tensors of
+size 0 have a null pointer: return early in Python. float16 is cast to float32 around the operator, in native.py.
+`python -m seqzoo.kernels.native.build` compiles what has changed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels import native
+
+# The codes that with_dtype of interface.h takes.
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
+
+
+class Function:
+    """A function of the library, called with contiguous tensors, None, ints, bools and floats.
+
+    Args:
+        name: what native.cpp exports it as.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.entry: Any = None
+
+    def __call__(self, *arguments: Any) -> None:
+        values = []
+        for x in arguments:
+            if isinstance(x, Tensor):
+                assert x.is_contiguous(), f"{self.name} was given a tensor of strides {x.stride()}"
+                x = x.data_ptr()
+            values.append(x)
+        (self.entry or self._find(arguments))(*values)
+
+    def _find(self, arguments: tuple[Any, ...]) -> Any:
+        try:
+            entry = native.library()[self.name]
+        except AttributeError as error:
+            raise RuntimeError(
+                f"native kernels are older than their sources: {self.name} is not among them; "
+                "`python -m seqzoo.kernels.native.build` builds them anew"
+            ) from error
+        kinds = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_double}
+        entry.argtypes = [kinds.get(type(x), ctypes.c_void_p) for x in arguments]
+        entry.restype = None
+        self.entry = entry
+        return entry
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous tensors of the same values, copied only where they must be; None stays None."""
+    return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
