@@ -137,3 +137,13 @@ def check_heads(
     check_shape(operator, "state", state, (v.shape[0], v.shape[2], q.shape[3], v.shape[3]))
     check_shape(operator, "starts", starts, tuple(v.shape[:2]))
     check_log_decay(operator, gates.get("log_decay"))
+
+
+def check_decay(operator: str, log_decay: Tensor | None, q: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless ``log_decay`` is None, per head or per key channel (and legal, under ``checked_ranges``)."""
+    expected = [tuple(v.shape[:3]), (*v.shape[:3], q.shape[3])]
+    if log_decay is not None and tuple(log_decay.shape) not in expected:
+        raise ValueError(
+            f"{operator}: log_decay has shape {tuple(log_decay.shape)}; expected {expected[0]} or {expected[1]} or None"
+        )
+    check_log_decay(operator, log_decay)

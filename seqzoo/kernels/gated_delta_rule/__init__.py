@@ -2,7 +2,8 @@
 
     R_t = e^{g_t} S_{t-1},    S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T,    o_t = S_t^T q_t,    g_t <= 0
 
-Yang et al. 2024, https://arxiv.org/abs/2412.06464; with g = 0 it is DeltaNet's rule (https://arxiv.org/abs/2406.06484).
+Gated DeltaNet has one g a head (Yang et al. 2024, https://arxiv.org/abs/2412.06464), Kimi Delta Attention one a key channel
+(https://arxiv.org/abs/2510.26692), DeltaNet none (https://arxiv.org/abs/2406.06484).
 Queries and keys may be shared by groups of consecutive heads.
 """
 
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_heads, choose
+from seqzoo.kernels.backends import check_decay, check_heads, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.gated_delta_rule import chunked, reference
 
@@ -23,7 +24,7 @@ def gated_delta_rule(
     q: Float[Tensor, "batch time group key"],
     k: Float[Tensor, "batch time group key"],
     v: Float[Tensor, "batch time head value"],
-    log_decay: Float[Tensor, "batch time head"],
+    log_decay: Float[Tensor, "batch time head"] | Float[Tensor, "batch time head key"] | None,
     beta: Float[Tensor, "batch time head"],
     state: Float[Tensor, "batch head key value"] | None = None,
     starts: Bool[Tensor, "batch time"] | None = None,
@@ -36,7 +37,7 @@ def gated_delta_rule(
         q: queries, unscaled: multiply by ``key ** -0.5`` where the layer's equation has it.
         k: keys of norm at most 1 (l2-normalised), or the memory may grow without bound.
         v: values; the number of heads must be a multiple of the number of groups.
-        log_decay: g, at most 0.
+        log_decay: g, at most 0, per head or per key channel; None is 0.
         beta: writing strength, 0 to 1; up to 2 for negative eigenvalues.
         state: S after the tokens before, float32 (float64 for float64 inputs); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
@@ -48,7 +49,8 @@ def gated_delta_rule(
     Raises:
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
-    check_heads("gated_delta_rule", q, k, v, {"log_decay": log_decay, "beta": beta}, state, starts)
+    check_heads("gated_delta_rule", q, k, v, {"beta": beta}, state, starts)
+    check_decay("gated_delta_rule", log_decay, q, v)
     run = IMPLEMENTATIONS[choose("gated_delta_rule", IMPLEMENTATIONS, backend, v, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):
