@@ -32,9 +32,10 @@ class Chunks:
             # The decay of a first token would act on the document before it, which the masks below remove.
             log_decay = log_decay.masked_fill(starts[..., None], 0)
         self.dtype = log_decay.dtype
-        # One strong decay in a long sum would blur all the differences after it. Apple's GPUs have no float64.
+        # One strong decay in a long sum would blur all the differences after it; so would one large gradient in the
+        # backward, which cumsum(dtype=...) takes in the narrow type. Apple's GPUs have no float64.
         exact = self.dtype if log_decay.device.type == "mps" else torch.float64
-        self.total = rearrange(self.split(log_decay), "b n c h -> b n h c").cumsum(-1, dtype=exact)
+        self.total = rearrange(self.split(log_decay), "b n c h -> b n h c").to(exact).cumsum(-1)
         document = None if starts is None else self.split(starts).cumsum(2)[:, :, None]
         order = torch.arange(size, device=log_decay.device)
         self.visible = order[:, None] >= order

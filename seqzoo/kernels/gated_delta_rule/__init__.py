@@ -2,9 +2,9 @@
 
     R_t = e^{g_t} S_{t-1},    S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T,    o_t = S_t^T q_t,    g_t <= 0
 
-Gated DeltaNet has one g a head (Yang et al. 2024, https://arxiv.org/abs/2412.06464), Kimi Delta Attention one a key channel
-(https://arxiv.org/abs/2510.26692), DeltaNet none (https://arxiv.org/abs/2406.06484).
-Queries and keys may be shared by groups of consecutive heads.
+Gated DeltaNet has one g a head (Yang et al. 2024, https://arxiv.org/abs/2412.06464), Kimi Delta Attention one a key
+channel (https://arxiv.org/abs/2510.26692), DeltaNet none (https://arxiv.org/abs/2406.06484). Queries and keys may be
+shared by groups of consecutive heads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def gated_delta_rule(
         beta: writing strength, 0 to 1; up to 2 for negative eigenvalues.
         state: S after the tokens before, float32 (float64 for float64 inputs); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
-        backend: ``auto``, ``reference`` or ``chunked``.
+        backend: ``auto`` or a name in ``IMPLEMENTATIONS``.
 
     Returns:
         o in the dtype of ``v``, and S after the last token.
