@@ -140,7 +140,7 @@ def check_heads(
 
 
 def check_decay(operator: str, log_decay: Tensor | None, q: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless ``log_decay`` is None, per head or per key channel, and in range where that is checked."""
+    """Raise ValueError unless ``log_decay`` is None, per head or per key channel, and in range where asked for."""
     expected = [tuple(v.shape[:3]), (*v.shape[:3], q.shape[3])]
     if log_decay is not None and tuple(log_decay.shape) not in expected:
         raise ValueError(

@@ -32,9 +32,6 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, starts):
     return torch.stack(outputs, 1).to(v.dtype), memory
 
 
-VARIANTS = {"scalar decay": {}}
-
-
 def example(
     batch: int = 2,
     time: int = 37,
