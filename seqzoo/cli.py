@@ -22,8 +22,8 @@ COMMANDS = {
     "layers": ("seqzoo.commands:layers", "list the mixers that a config can name"),
     "show": ("seqzoo.commands:show", "a layer's equation, settings and state"),
     "generate": ("seqzoo.commands:generate", "continue a prompt with a trained model"),
-    "lengths": ("seqzoo.commands:lengths", "loss far beyond the training length, of one checkpoint or several"),
-    "recall": ("seqzoo.commands:recall", "train configs on associative recall and compare them"),
+    "lengths": ("seqzoo.measurements:lengths", "loss far beyond the training length, of one checkpoint or several"),
+    "recall": ("seqzoo.measurements:recall", "train configs on associative recall and compare them"),
     "demo": ("seqzoo.demo:demo", "the whole way in five minutes: train a hybrid, measure it, draw the pictures"),
 }
 FUTILE_WARNINGS = (
@@ -95,7 +95,7 @@ def _call(name: str, function: Callable[..., Any], arguments: list[str]) -> None
     try:
         settings = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        from seqzoo.training.parse_errors import explain_parse_error  # with Lightning, which takes seconds
+        from seqzoo.parse_errors import explain_parse_error
 
         known = parser.get_defaults(skip_validation=True).keys()
         raise ValueError(f"{explain_parse_error(str(error), known)} (see seqzoo {name} -h)") from error

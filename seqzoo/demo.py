@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from seqzoo import commands
+from seqzoo import commands, measurements
 
 HYBRID = "lm/hybrid.yaml"
 RECALL = ("recall/small_attention.yaml", "recall/small_sliding_window.yaml", "recall/small_hybrid.yaml")
@@ -34,11 +34,13 @@ def demo(output: str = "runs/demo", text_steps: int = 100, recall_steps: int = 6
     commands.generate(str(folder / "hybrid"), max_new_tokens=200)
 
     _say("3/4  Its loss up to 32 times the training length, read with a carried state")
-    commands.lengths([str(folder / "hybrid")], output=str(folder / "lengths"))
+    measurements.lengths([str(folder / "hybrid")], output=str(folder / "lengths"))
 
     _say("4/4  Associative recall: the hybrid's mixers against attention and a sliding window alone")
     overrides = [f"trainer.max_steps={recall_steps}"]
-    commands.recall([str(shipped_config(name)) for name in RECALL], output=str(folder / "recall"), overrides=overrides)
+    measurements.recall(
+        [str(shipped_config(name)) for name in RECALL], output=str(folder / "recall"), overrides=overrides
+    )
 
     _say(f"Done in {time.perf_counter() - begin:.0f} s. Pictures:")
     for picture in (folder / "lengths" / "lengths.png", folder / "recall" / "recall.png"):

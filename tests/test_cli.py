@@ -264,6 +264,16 @@ def test_recall_trains_configs_and_writes_tables_and_a_picture(work, capsys):
     assert "conv" in text and "delta" in text
 
 
+def test_commands_that_train_nothing_answer_without_lightning(run):
+    calls = [["layers"], ["show", "Mamba2"], ["show"], ["generate", str(run), "--max_new_tokens=1"]]
+    code = (
+        f"import sys; from seqzoo.cli import main; print([main(call) for call in {calls}], 'lightning' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 2, 0] False", done.stdout + done.stderr
+
+
 # Mistakes: one line that names the setting, the value and what would fit; and nothing is written
 
 

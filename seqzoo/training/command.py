@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from seqzoo.models.checkpoint import check_layers, check_weights, find_checkpoint, read_checkpoint
+from seqzoo.parse_errors import explain_parse_error
 from seqzoo.training.language_modeling import LanguageModeling, require_steps
-from seqzoo.training.parse_errors import explain_parse_error
 from seqzoo.training.progress import ProgressBar
 from seqzoo.training.random_state import RandomState
 
