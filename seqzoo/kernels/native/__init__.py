@@ -47,21 +47,26 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def fitting() -> list[str]:
+    """The instruction sets that were built and that this CPU has, from the plainest to the best."""
+    built = [name for name in INSTRUCTION_SETS if (LIBRARIES / f"{name}.so").exists()]
+    # Functions that any CPU can run are asked what this one can.
+    best = _open(built[0]).native_best_instruction_set() if built else -1
+    return [name for name in built if INSTRUCTION_SETS.index(name) <= best]
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    built = [name for name in INSTRUCTION_SETS if (LIBRARIES / f"{name}.so").exists()]
-    if not built:
+    if not any(LIBRARIES.glob("*.so")):
         return None, "they were not built; `python -m seqzoo.kernels.native.build` builds them, given a C++ compiler"
     _share_openmp()
     try:
-        # Functions that any CPU can run are asked what this one can.
-        best = _open(built[0]).native_best_instruction_set()
-        fitting = [name for name in built if INSTRUCTION_SETS.index(name) <= best]
-        if not fitting:
-            return None, f"this CPU has none of the instruction sets that were built: {', '.join(built)}"
-        chosen = os.environ.get(FORCE) or fitting[-1]
-        if chosen not in fitting:
-            raise ValueError(f"{FORCE}={chosen!r} cannot serve on this machine; use {', '.join(fitting)}")
+        names = fitting()
+        if not names:
+            return None, "this CPU has none of the instruction sets that they were built for"
+        chosen = os.environ.get(FORCE) or names[-1]
+        if chosen not in names:
+            raise ValueError(f"{FORCE}={chosen!r} cannot serve on this machine; use {', '.join(names)}")
         return _open(chosen), None
     except (OSError, AttributeError) as error:
         return None, f"they could not be loaded: {error}"
