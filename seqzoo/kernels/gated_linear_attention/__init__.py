@@ -2,8 +2,19 @@
 
     S_t = e^{g_t} S_{t-1} + k_t v_t^T,    o_t = S_t^T q_t,    g_t <= 0
 
-Mamba-2's state-space duality is this with q = C, k = B, v = dt x, g = A dt (Dao & Gu 2024, https://arxiv.org/abs/2405.21060);
-RetNet is this with a constant g. Queries and keys may be shared by groups of consecutive heads.
+The decay g_t is nothing, a number for each head, or a vector that decays each row of S at its own rate:
+
+- none: Based (Arora et al. 2024, https://arxiv.org/abs/2402.18668).
+- scalar: Mamba-2's state-space duality with q = C, k = B, v = dt x, g = A dt (Dao & Gu 2024,
+  https://arxiv.org/abs/2405.21060), RetNet and Lightning Attention with a constant g.
+- channel: GLA (Yang et al. 2023, https://arxiv.org/abs/2312.06635), HGRN2, and RWKV-6.
+
+With a bonus u (RWKV-6, Peng et al. 2024, https://arxiv.org/abs/2404.05892) the output is read before the token's own
+decay and write, and the token's own pair is weighted by u instead:
+
+    o_t = S_{t-1}^T q_t + (q_t . (u k_t)) v_t
+
+Queries and keys may be shared by groups of consecutive heads.
 """
 
 from __future__ import annotations
@@ -12,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_heads, choose
+from seqzoo.kernels.backends import check_heads, check_log_decay, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.gated_linear_attention import chunked, reference
 
@@ -23,10 +34,11 @@ def gated_linear_attention(
     q: Float[Tensor, "batch time group key"],
     k: Float[Tensor, "batch time group key"],
     v: Float[Tensor, "batch time head value"],
-    log_decay: Float[Tensor, "batch time head"],
+    log_decay: Float[Tensor, "batch time head"] | Float[Tensor, "batch time head key"] | None = None,
     state: Float[Tensor, "batch head key value"] | None = None,
     starts: Bool[Tensor, "batch time"] | None = None,
     *,
+    bonus: Float[Tensor, "head key"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "batch time head value"], Float[Tensor, "batch head key value"]]:
     """Run the recurrence above over ``time``.
@@ -35,9 +47,10 @@ def gated_linear_attention(
         q: queries, unscaled: multiply by ``key ** -0.5`` where the layer's equation has it.
         k: keys.
         v: values; the number of heads must be a multiple of the number of groups.
-        log_decay: g, at most 0.
+        log_decay: g, at most 0: one a head, one a channel of its keys, or None for no decay.
         state: S after the tokens before, float32 (float64 for float64 inputs); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
+        bonus: u, which makes the output the one above.
         backend: ``auto``, ``reference`` or ``chunked``.
 
     Returns:
@@ -46,11 +59,15 @@ def gated_linear_attention(
     Raises:
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
-    check_heads("gated_linear_attention", q, k, v, {"log_decay": log_decay}, state, starts)
+    check_heads("gated_linear_attention", q, k, v, {}, state, starts)
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    check_shape("gated_linear_attention", "log_decay", log_decay, (*v.shape[:3], *q.shape[3:] * per_channel))
+    check_shape("gated_linear_attention", "bonus", bonus, (v.shape[2], q.shape[3]))
+    check_log_decay("gated_linear_attention", log_decay)
     run = IMPLEMENTATIONS[choose("gated_linear_attention", IMPLEMENTATIONS, backend, v, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):
-        return run(q, k, v, log_decay, state, starts)
+        return run(q, k, v, log_decay, bonus, state, starts)
 
 
 def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:

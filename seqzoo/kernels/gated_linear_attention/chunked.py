@@ -2,39 +2,53 @@
 
 With G the running sum of g inside a chunk and S the state that enters it:
 
-    O = (Q e^G) S + (Q K^T o e^{G_i - G_j}) V,    S' = e^{G_C} S + (K e^{G_C - G})^T V
+    O = (Q e^G) S + A V,    A_ij = sum_c q_ic k_jc e^{G_ic - G_jc} for j <= i,    S' = e^{G_C} S + (K e^{G_C - G})^T V
 
-Differences of G are masked before ``exp``: above the diagonal they would overflow, and their gradient would be NaN.
+With a bonus the token reads ahead of its own decay: G_i - g_i stands for G_i in the reads, and A_ii = q_i . (u k_i).
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from einops import rearrange
 
 from seqzoo.kernels.backends import accumulation_dtype
-from seqzoo.kernels.chunks import Chunks
+from seqzoo.kernels.chunks import ChannelChunks, Chunks
+from seqzoo.kernels.segments import by_segments
 
 CHUNK = 64
 
 
-def gated_linear_attention(q, k, v, log_decay, state, starts):
+def gated_linear_attention(q, k, v, log_decay, bonus, state, starts):
+    return by_segments(partial(_segment, bonus), (q, k, v, log_decay), state, starts)
+
+
+def _segment(bonus, q, k, v, log_decay, state, starts):
     dtype = accumulation_dtype(v)
     time, heads, groups = v.shape[1], v.shape[2], q.shape[2]
-    chunks = Chunks(log_decay.to(dtype), starts, CHUNK)
-    # Heads that share a query and key stand beside each other: [batch, chunk, group, token, share * value].
-    q, k = (rearrange(chunks.split(z.to(dtype)), "b n c g k -> b n g c k") for z in (q, k))
-    values = rearrange(chunks.split(v.to(dtype)), "b n c h v -> b n h c v")
-
-    scores = (q @ k.mT).repeat_interleave(heads // groups, 2)
-    within = (scores * chunks.decay_between()) @ values
+    log_decay = v.new_zeros(v.shape[:3], dtype=dtype) if log_decay is None else log_decay.to(dtype)
+    chunks = (Chunks if log_decay.ndim == 3 else ChannelChunks)(log_decay, starts, CHUNK)
+    before = bonus is not None
+    q, k, values = (rearrange(chunks.split(z.to(dtype)), "b n c h d -> b n h c d") for z in (q, k, v))
+    reads, writes, keeps = chunks.decay_from_start(before), chunks.decay_to_end(), chunks.decay_over()
+    if isinstance(chunks, Chunks):
+        # The products of a group's queries and keys are shared by its heads.
+        scores = (q @ k.mT).repeat_interleave(heads // groups, 2) * chunks.decay_between(before)
+        reads, writes, keeps = reads[..., None], writes[..., None], keeps[..., None]
     q, k = (z.repeat_interleave(heads // groups, 2) for z in (q, k))
-    writes = (k * chunks.decay_to_end()[..., None]).mT @ values
+    if isinstance(chunks, ChannelChunks):
+        scores = chunks.scores(q, k, before)
+    within = scores @ values
+    if before:
+        within = within + (q * bonus.to(dtype)[:, None] * k).sum(-1, keepdim=True) * values
+    writes = (k * writes).mT @ values
 
-    memory = writes.new_zeros(writes[:, 0].shape) if state is None else state.to(dtype)
+    memory = torch.zeros_like(writes[:, 0]) if state is None else state.to(dtype)
     entering = []
-    for write, keep in zip(writes.unbind(1), chunks.decay_over()[..., None, None].unbind(1), strict=True):
+    for write, keep in zip(writes.unbind(1), keeps[..., None].unbind(1), strict=True):
         entering.append(memory)
         memory = keep * memory + write
-    o = within + (q * chunks.decay_from_start()[..., None]) @ torch.stack(entering, 1)
+    o = within + (q * reads) @ torch.stack(entering, 1)
     return rearrange(o, "b n h c v -> b (n c) h v")[:, :time].to(v.dtype), memory

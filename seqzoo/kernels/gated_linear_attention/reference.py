@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from seqzoo.kernels.backends import accumulation_dtype, share_heads
 
+VARIANTS = {
+    "scalar decay": {},
+    "decay per channel": {"decay": "channel"},
+    "no decay": {"decay": "none"},
+    "bonus, scalar decay": {"bonus": True},
+    "bonus, decay per channel": {"decay": "channel", "bonus": True},
+    "bonus, no decay": {"decay": "none", "bonus": True},
+}
 
-def gated_linear_attention(q, k, v, log_decay, state, starts):
+
+def gated_linear_attention(q, k, v, log_decay, bonus, state, starts):
     dtype = accumulation_dtype(v)
-    q, k = share_heads(q, v).to(dtype), share_heads(k, v).to(dtype)
-    decay = log_decay.to(dtype).exp()
-    if starts is not None:
-        decay = decay.masked_fill(starts[..., None], 0)
-    batch, _, heads, value = v.shape
+    q, k, wide_v = share_heads(q, v).to(dtype), share_heads(k, v).to(dtype), v.to(dtype)
+    if log_decay is None:
+        log_decay = torch.zeros_like(v[..., 0], dtype=dtype)
+    decay = log_decay.to(dtype).exp().reshape(*v.shape[:3], -1)
+    batch, time, heads, value = v.shape
     memory = q.new_zeros(batch, heads, q.shape[-1], value) if state is None else state.to(dtype)
+    begins = [None] * time if starts is None else starts[..., None, None, None].unbind(1)
     outputs = []
-    for q_t, k_t, v_t, a_t in zip(q.unbind(1), k.unbind(1), v.to(dtype).unbind(1), decay.unbind(1), strict=True):
-        memory = a_t[..., None, None] * memory + k_t[..., :, None] * v_t[..., None, :]
-        outputs.append((memory * q_t[..., :, None]).sum(-2))
+    for q_t, k_t, v_t, a_t, begin in zip(*(z.unbind(1) for z in (q, k, wide_v, decay)), begins, strict=True):
+        if begin is not None:
+            memory = memory.masked_fill(begin, 0)
+        write = k_t[..., :, None] * v_t[..., None, :]
+        read = None if bonus is None else memory + bonus.to(dtype)[..., None] * write
+        memory = a_t[..., None] * memory + write
+        outputs.append(((memory if read is None else read) * q_t[..., :, None]).sum(-2))
     return torch.stack(outputs, 1).to(v.dtype), memory
-
-
-VARIANTS = {"scalar decay": {}}
 
 
 def example(
@@ -33,6 +46,8 @@ def example(
     heads: int = 4,
     key: int = 8,
     value: int = 6,
+    decay: Literal["scalar", "channel", "none"] = "scalar",
+    bonus: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -46,7 +61,11 @@ def example(
         "q": draw(batch, time, groups, key) * key**-0.5,
         "k": draw(batch, time, groups, key),
         "v": draw(batch, time, heads, value),
-        "log_decay": -draw(batch, time, heads).exp() / 4,
     }
     inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
-    return inputs | {"state": draw(batch, heads, key, value).to(torch.promote_types(dtype, torch.float32))}
+    wide = torch.promote_types(dtype, torch.float32)
+    if decay != "none":
+        inputs["log_decay"] = -draw(batch, time, heads, *[key] * (decay == "channel")).exp().to(wide) / 4
+    if bonus:
+        inputs["bonus"] = draw(heads, key).to(dtype)
+    return inputs | {"state": draw(batch, heads, key, value).to(wide)}
