@@ -9,14 +9,11 @@ j < i, where decays of key channels act inside the product:
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from einops import rearrange
-from torch import Tensor
 
 from seqzoo.kernels.backends import accumulation_dtype, share_heads
-from seqzoo.kernels.chunks import Chunks, UnitLowerInverse
+from seqzoo.kernels.chunks import ChannelChunks, Chunks, UnitLowerInverse
 from seqzoo.kernels.segments import by_segments
 
 CHUNK = 32
@@ -28,72 +25,28 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, starts):
 
 def _segment(q, k, v, log_decay, beta, state, starts):
     dtype, time = accumulation_dtype(v), v.shape[1]
-    if log_decay is None:
-        log_decay = torch.zeros_like(beta)
-    per_channel = log_decay.ndim == 4
-    # Chunks without decay are what documents hide from each other.
-    chunks = Chunks(torch.zeros_like(beta, dtype=dtype) if per_channel else log_decay.to(dtype), starts, CHUNK)
-    split = partial(_split, chunks, dtype)
-    q, k, values, beta = split(share_heads(q, v)), split(share_heads(k, v)), split(v), split(beta[..., None])
-    from_start, to_end = chunks.decay_from_start()[..., None], chunks.decay_to_end()[..., None]
-    keep = chunks.decay_over()[..., None, None]
-
-    readers = torch.stack([q, beta * k])
-    if per_channel:
-        if starts is not None:
-            log_decay = log_decay.masked_fill(starts[..., None, None], 0)
-        products, since, until, over = _products_under_channel_decay(readers, k, split(log_decay))
-        from_start, to_end, keep = from_start * since, to_end * until, keep * over.mT
+    log_decay = torch.zeros_like(beta, dtype=dtype) if log_decay is None else log_decay.to(dtype)
+    chunks = (Chunks if log_decay.ndim == 3 else ChannelChunks)(log_decay, starts, CHUNK)
+    inputs = share_heads(q, v), share_heads(k, v), v, beta[..., None]
+    q, k, values, beta = (rearrange(chunks.split(z.to(dtype)), "b n c h d -> b n h c d") for z in inputs)
+    reads, writes, keeps = chunks.decay_from_start(), chunks.decay_to_end(), chunks.decay_over()
+    written = beta * k
+    if isinstance(chunks, Chunks):
+        between = chunks.decay_between()
+        scores, overlaps = (q @ k.mT) * between, (written @ k.mT) * between
+        reads, writes, keeps = reads[..., None], writes[..., None], keeps[..., None]
     else:
-        products = readers @ k.mT
-    scores, overlaps = (products * chunks.decay_between()).unbind(0)
-    (q, written), k = (readers * from_start).unbind(0), k * to_end
+        scores, overlaps = chunks.scores(q, k), chunks.scores(written, k)
 
     solve = UnitLowerInverse.apply(overlaps)
-    steps = solve @ (beta * values), solve @ written, k.mT, keep
-    memory = k.new_zeros(k.shape[0], *k.shape[2:3], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)
+    steps = solve @ (beta * values), solve @ (written * reads), (k * writes).mT, keeps[..., None]
+    batch, _, heads, _, key = k.shape
+    memory = k.new_zeros(batch, heads, key, v.shape[-1]) if state is None else state.to(dtype)
     entering, corrected = [], []
-    for value, read, write, kept in zip(*(z.unbind(1) for z in steps), strict=True):
+    for value, read, write, keep in zip(*(z.unbind(1) for z in steps), strict=True):
         new = value - read @ memory
         entering.append(memory)
         corrected.append(new)
-        memory = kept * memory + write @ new
-    o = q @ torch.stack(entering, 1) + scores @ torch.stack(corrected, 1)
+        memory = keep * memory + write @ new
+    o = (q * reads) @ torch.stack(entering, 1) + scores @ torch.stack(corrected, 1)
     return rearrange(o, "b n h c d -> b (n c) h d")[:, :time].to(v.dtype), memory
-
-
-def _split(chunks: Chunks, dtype: torch.dtype, x: Tensor) -> Tensor:
-    return rearrange(chunks.split(x.to(dtype)), "b n c h d -> b n h c d")
-
-
-def _products_under_channel_decay(rows: Tensor, keys: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
-    """``[..., token, token]``: rows times keys, each channel decayed from the key's token to the row's; 0 above.
-
-    Also the decays from the chunk's start to each token and from there to its end, ``[..., token, key]``, and over the
-    whole chunk, ``[..., 1, key]``.
-
-    Blocks of tokens are joined two by two, from single tokens up. What a row in the second block sees of a key in the
-    first has decayed from the key to where the blocks meet, and from there to the row: no decay is ever undone, so no
-    exponent is above 0, and sums of decays never cancel.
-    """
-    products = (rows * keys).sum(-1)[..., None, None]
-    since, until = log_decay[..., None, :], torch.zeros_like(log_decay)[..., None, :]
-    while (block := since.shape[-2]) < keys.shape[-2]:
-        (since, later), (earlier, until) = _pairs(since), _pairs(until)
-        _, seeing = _pairs(rows.unflatten(-2, (-1, block)))
-        seen, _ = _pairs(keys.unflatten(-2, (-1, block)))
-        corner = (seeing * later.exp()) @ (seen * earlier.exp()).mT
-        first, second = _pairs(products)
-        top, bottom = torch.cat([first, torch.zeros_like(corner)], -1), torch.cat([corner, second], -1)
-        products = torch.cat([top, bottom], -2)
-        since, until = (
-            torch.cat([since, later + since[..., -1:, :]], -2),
-            torch.cat([earlier + later[..., -1:, :], until], -2),
-        )
-    since, until = since[..., 0, :, :], until[..., 0, :, :]
-    return products[..., 0, :, :], since.exp(), until.exp(), since[..., -1:, :].exp()
-
-
-def _pairs(blocks: Tensor) -> tuple[Tensor, ...]:
-    """The first and the second of every two blocks of ``[..., block, row, column]``."""
-    return blocks.unflatten(-3, (-1, 2)).unbind(-3)
