@@ -551,7 +551,7 @@ def test_a_setting_that_does_not_fit_is_refused_with_its_value_and_what_fits(bui
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.operators])
 def test_a_backend_that_cannot_run_is_refused_with_the_reason(layer):
-    with pytest.raises(ValueError, match="backend='tritn' cannot run .*there is no such backend; use auto, "):
+    with pytest.raises(ValueError, match=r"backend='tritn' cannot run .*there is no such backend; use auto, "):
         layer(DIM, backend="tritn")(draw(1, 3, dtype=torch.float32))
 
 
