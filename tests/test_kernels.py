@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
-from seqzoo.kernels import OPERATORS, checked_ranges
+from seqzoo.kernels import OPERATORS, backends, checked_ranges, native
 from seqzoo.kernels.chunks import UnitLowerInverse
 
 # The interpreter of Triton walks through a kernel's programs one by one: a few lengths stand for all.
@@ -516,3 +516,20 @@ def test_shapes_are_checked_while_tests_run():
         call("short_conv", "auto", inputs | {"bias": inputs["bias"][:1]})
     with pytest.raises(jaxtyping.TypeCheckError, match="weight"):
         call("short_conv", "auto", inputs | {"weight": inputs["weight"].long()})
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    monkeypatch.setattr(native, "reason", lambda: "no library was built")
+    backends._warn_that_native_is_missing.cache_clear()
+
+
+@pytest.mark.parametrize("operator", [operator for operator, name in EVERY if name == "native"])
+def test_auto_says_once_that_native_kernels_are_missing(operator, without_native):
+    with pytest.warns(UserWarning, match="without its native kernels, many times slower: no library was built") as seen:
+        for _ in range(2):
+            call(operator, "auto", example(operator))
+    assert len(seen) == 1
+    assert "not native: no library was built" in module(operator).explain(5)
+    with pytest.raises(ValueError, match=f"backend='native' cannot run {operator}: no library was built; use auto, "):
+        call(operator, "native", example(operator))

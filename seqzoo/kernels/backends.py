@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# What ``auto`` tries first to last, for one token and for more. Adapters of other packages run only when asked for.
-PREFERRED = {True: ("triton", "native", "reference"), False: ("triton", "native", "chunked")}
+from seqzoo.kernels import native
+
+# What ``auto`` tries on each kind of device before plain torch. Adapters of other packages run only when asked for.
+FUSED = {"cpu": ("native",), "cuda": ("triton",)}
 
 WHY_NOT_AUTO = {
     "reference": "walks token by token: right for one token, slow for more",
@@ -22,7 +26,15 @@ _checks_ranges = False
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot run on tensors of this kind; None where it can."""
+    if backend == "native":
+        return native.reason() if device.type == "cpu" else f"its kernels are for CPUs, and the tensors are on {device}"
     return None
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _warn_that_native_is_missing(reason: str) -> None:
+    warnings.warn(f"seqzoo runs on the CPU without its native kernels, many times slower: {reason}", stacklevel=2)
 
 
 def choose(
@@ -43,9 +55,14 @@ def choose(
     """
     device, dtype = sample.device, sample.dtype
     if backend == "auto":
-        for name in PREFERRED[time == 1]:
-            if name in implementations and why_not(name, device, dtype) is None:
-                return name
+        for name in FUSED.get(device.type, ()):
+            if name in implementations:
+                why = why_not(name, device, dtype)
+                if why is None:
+                    return name
+                if name == "native":
+                    _warn_that_native_is_missing(why)
+        return "reference" if time == 1 else "chunked"
     names = ["auto", *implementations]
     why = why_not(backend, device, dtype) if backend in names else "there is no such backend"
     if why is not None:
