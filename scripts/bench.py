@@ -169,8 +169,8 @@ def compare_with_peers(console: Console, length: int = 4096, only: Sequence[str]
     """Operators against other people's PyTorch code: milliseconds, ratio of medians, and the share of the bound."""
     rates = machine_rates()
     console.print(
-        f"this machine: {rates['torch.float32'] / 1e9:.0f} GFLOP/s float32, {rates['torch.bfloat16'] / 1e9:.0f} bfloat16,"
-        f" copies at {rates['copy'] / 1e9:.0f} GB/s; batch 1, {length:,} tokens, {torch.get_num_threads()} threads"
+        f"this machine: {rates['torch.float32'] / 1e9:.0f} GFLOP/s float32, {rates['torch.bfloat16'] / 1e9:.0f} bfloat16"
+        f", copies at {rates['copy'] / 1e9:.0f} GB/s; batch 1, {length:,} tokens, {torch.get_num_threads()} threads"
     )
     table = Table(
         "operator",

@@ -4,6 +4,7 @@
 takes. ``checked_ranges`` is a context in which they also refuse values outside their legal range.
 """
 
+from seqzoo.kernels import dplr_delta_rule as _dplr_delta_rule
 from seqzoo.kernels import gated_delta_product as _gated_delta_product
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
@@ -21,4 +22,5 @@ OPERATORS = {
     "gated_linear_attention": _gated_linear_attention.IMPLEMENTATIONS,
     "gated_delta_rule": _gated_delta_rule.IMPLEMENTATIONS,
     "gated_delta_product": _gated_delta_product.IMPLEMENTATIONS,
+    "dplr_delta_rule": _dplr_delta_rule.IMPLEMENTATIONS,
 }
