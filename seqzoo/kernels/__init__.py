@@ -9,6 +9,7 @@ from seqzoo.kernels import gated_delta_product as _gated_delta_product
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
 from seqzoo.kernels import linear_scan as _linear_scan
+from seqzoo.kernels import mlstm as _mlstm
 from seqzoo.kernels import selective_scan as _selective_scan
 from seqzoo.kernels import short_conv as _short_conv
 from seqzoo.kernels.backends import checked_ranges
@@ -20,6 +21,7 @@ OPERATORS = {
     "linear_scan": _linear_scan.IMPLEMENTATIONS,
     "selective_scan": _selective_scan.IMPLEMENTATIONS,
     "gated_linear_attention": _gated_linear_attention.IMPLEMENTATIONS,
+    "mlstm": _mlstm.IMPLEMENTATIONS,
     "gated_delta_rule": _gated_delta_rule.IMPLEMENTATIONS,
     "gated_delta_product": _gated_delta_product.IMPLEMENTATIONS,
     "dplr_delta_rule": _dplr_delta_rule.IMPLEMENTATIONS,
