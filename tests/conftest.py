@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
+import os
 import sys
 
 import jaxtyping
 import pytest
 import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    # Triton decides at the definition of a kernel whether it is compiled or interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.repair()
 
 torch.set_num_threads(1)  # Tests are tiny: more threads only get in the way of parallel workers.
 

@@ -1,0 +1,46 @@
+"""What the Triton kernels of all operators share. Triton itself is imported only where a kernel runs.
+
+An operator's ``triton_op.py`` defines its ops for torch, whose bodies import its ``triton_kernels.py``: the kernels and
+their launchers. So ``torch.compile`` sees ops that it need not look into, and ``import seqzoo`` never imports Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+# The first with tensor cores that multiply bfloat16; they are also what a GPU of CUDA's kind is asked to be.
+OLDEST_CAPABILITY = (8, 0)
+# For ``torch_operators.define``: kernels run on GPUs and, interpreted, on the CPU.
+DEVICES = "CompositeExplicitAutograd"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def missing(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of ``device``; None where they can."""
+    if not _installed():
+        return "the package triton is not installed"
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "the tensors are on the CPU, where Triton only has a slow interpreter for tests"
+    if device.type != "cuda":
+        return f"there are no Triton kernels for devices of type {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < OLDEST_CAPABILITY:
+        has, needs = (".".join(map(str, version)) for version in (capability, OLDEST_CAPABILITY))
+        return f"the GPU has compute capability {has}; the kernels need {needs}"
+    return None
+
+
+def last_axis_contiguous(x: Tensor) -> Tensor:
+    """``x``, copied only if its last axis is strided: kernels take any strides of the axes in front of it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
