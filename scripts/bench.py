@@ -33,6 +33,7 @@ from seqzoo.mixer import measure_state
 SHORT, LONG = 1024, 16384
 ROUNDS = 200
 THREADS = 2
+DTYPES = (torch.float32, torch.bfloat16)
 CHUNK = 64
 PATIENCE = 60.0
 """Seconds that one peer may take for all its rounds: slow ones are timed fewer times, at least once."""
@@ -155,7 +156,7 @@ def work(case: Case, inputs: Mapping[str, Any]) -> tuple[float, float]:
 def machine_rates() -> dict[str, float]:
     """What this machine reaches: operations a second of large matrix products, bytes a second of a copy."""
     rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         a = torch.randn(2048, 2048).to(dtype)
         seconds = medians({"mm": functools.partial(torch.mm, a, a)}, 5)["mm"]
         rates[str(dtype)] = 2 * 2048**3 / seconds
@@ -168,10 +169,10 @@ def machine_rates() -> dict[str, float]:
 def compare_with_peers(console: Console, length: int = 4096, only: Sequence[str] = ()) -> None:
     """Operators against other people's PyTorch code: milliseconds, ratio of medians, and the share of the bound."""
     rates = machine_rates()
-    console.print(
-        f"this machine: {rates['torch.float32'] / 1e9:.0f} GFLOP/s float32, {rates['torch.bfloat16'] / 1e9:.0f} bfloat16"
-        f", copies at {rates['copy'] / 1e9:.0f} GB/s; batch 1, {length:,} tokens, {torch.get_num_threads()} threads"
+    products = ", ".join(
+        f"{rates[str(dtype)] / 1e9:.0f} GFLOP/s {str(dtype).removeprefix('torch.')}" for dtype in DTYPES
     )
+    console.print(f"this machine: {products}, copies at {rates['copy'] / 1e9:.0f} GB/s; batch 1, {length:,} tokens")
     table = Table(
         "operator",
         "dtype",
@@ -186,7 +187,7 @@ def compare_with_peers(console: Console, length: int = 4096, only: Sequence[str]
     for case in CASES:
         if case.operator not in OPERATORS or (only and not any(word.lower() in case.name.lower() for word in only)):
             continue
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in DTYPES:
             inputs = draw(case, length, dtype)
             sides = {"seqzoo": operator_of(case)} | {peer.__name__: peer for peer in case.peers}
             truth = operator_of(case)(**draw(case, 256, torch.float32))[0]
