@@ -1,7 +1,7 @@
 """Speed and memory on this machine: `python scripts/bench.py [decode] [steps] [peers] [lengths]`, all by default.
 
 Machines are noisy: the sides of every ratio are timed in turn in this one process, and medians are compared. Before
-operators are timed against other people's code (scripts/peers.py), their answers are compared.
+operators are timed against other people's code (scripts/operator_peers.py), their answers are compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import peers
+import operator_peers as peers
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -64,7 +64,7 @@ CASES = (
     Case(
         "selective scan (Mamba)",
         "selective_scan",
-        {"channels": 1536, "states": 16},
+        {"channels": 1536, "size": 16},
         (peers.mambapy_selective_scan, peers.transformers_selective_scan),
     ),
     Case("RG-LRU, minGRU", "linear_scan", {"channels": 768}, (peers.mingru_scan, peers.transformers_rglru)),
@@ -98,11 +98,14 @@ def medians(sides: Mapping[str, Callable[[], object]], rounds: int, patience: fl
     return {name: statistics.median(times[2:] or times) for name, times in seconds.items()}
 
 
-def draw(case: Case, length: int, dtype: torch.dtype, dropped: Sequence[str] = ()) -> dict[str, Any]:
-    """The operator's own example at the case's sizes, batch 1, without a state."""
-    reference = importlib.import_module(f"seqzoo.kernels.{case.operator}.reference")
-    inputs = reference.example(batch=1, time=length, dtype=dtype, **case.sizes)
-    return {name: x for name, x in inputs.items() if x is not None and name not in ("state", *dropped)}
+def draw(case: Case, length: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The operator's own example at the case's sizes, batch 1, without a state; minGRU's ranges in its scan."""
+    example = importlib.import_module(f"seqzoo.kernels.{case.operator}.reference").example
+    inputs = example(batch=1, time=length, dtype=dtype, **case.sizes)
+    inputs = {name: x for name, x in inputs.items() if name != "state"}
+    if case.operator == "linear_scan":
+        inputs |= {"a": inputs["a"].clamp(0.01, 0.99), "b": inputs["b"].abs()}
+    return inputs
 
 
 def operator_of(case: Case, backend: str = "auto") -> Callable[..., Any]:
@@ -148,7 +151,7 @@ def work(case: Case, inputs: Mapping[str, Any]) -> tuple[float, float]:
         operations = heads * (CHUNK * within + across)
         out = inputs["v"].nbytes
     else:
-        taps = sizes.get("states", 4)
+        taps = sizes.get("size", 4)
         operations, out = 8 * taps * sizes["channels"], next(iter(inputs.values())).nbytes
     return 3 * operations * batch * length, moved + 2 * out
 

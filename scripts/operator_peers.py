@@ -51,7 +51,8 @@ def fla_gated_delta_rule(q, k, v, log_decay, beta):
     return naive_chunk_gated_delta_rule(q, k, v, g=log_decay, beta=beta, scale=1.0)[0]
 
 
-def fla_delta_rule(q, k, v, beta):
+def fla_delta_rule(q, k, v, log_decay, beta):
+    assert log_decay is None
     from fla.ops.delta_rule.naive import delta_rule_chunkwise
 
     q, k, v, beta = _heads_first(q * q.shape[-1] ** 0.5, k, v, beta)
@@ -67,8 +68,7 @@ def fla_kda(q, k, v, log_decay, beta):
 def fla_gla(q, k, v, log_decay):
     from fla.ops.gla.naive import naive_recurrent_gla
 
-    q, k, v, log_decay = _heads_first(q * q.shape[-1] ** 0.5, k, v, log_decay)
-    return naive_recurrent_gla(q, k, v, log_decay)[0].transpose(1, 2)
+    return naive_recurrent_gla(q * q.shape[-1] ** 0.5, k, v, log_decay)[0]
 
 
 def fla_rwkv6(q, k, v, log_decay, bonus):
@@ -92,27 +92,28 @@ def fla_dplr(q, k, v, a, b, log_decay):
 
 
 def transformers_mamba2(q, k, v, log_decay):
-    """With dt = 1, so that A dt is the decay and dt x the value."""
+    """With A = -1 and dt = -log_decay; x is v / dt, since dt x is what it writes."""
     run = _plain(_transformers("mamba2").mamba2_chunk_scan)
-    return run(v, log_decay, torch.ones(v.shape[2]), k, q, chunk_size=64)
+    return run(v / -log_decay[..., None], -log_decay, -torch.ones(v.shape[2]), k, q, chunk_size=64)
 
 
-def mambapy_selective_scan(x, dt, A, B, C, D, gate):
+def mambapy_selective_scan(x, dt, A, B, C, D, gate, dt_bias):
     from mambapy.pscan import pscan
 
-    step = F.softplus(dt)
+    step = F.softplus(dt + dt_bias)
     h = pscan((step[..., None] * A).exp(), step[..., None] * B[:, :, None] * x[..., None])
     return ((h @ C[..., None])[..., 0] + D * x) * F.silu(gate)
 
 
-def transformers_selective_scan(x, dt, A, B, C, D, gate):
+def transformers_selective_scan(x, dt, A, B, C, D, gate, dt_bias):
     run = _plain(_transformers("mamba").mamba_selective_scan)
     x, dt, B, C, gate = (z.transpose(1, 2) for z in (x, dt, B, C, gate))
-    y = run(x, dt, A, B, C, D, z=gate, delta_softplus=True)
+    y = run(x, dt, A, B, C, D, z=gate, delta_bias=dt_bias, delta_softplus=True)
     return (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
 
 
 def mingru_scan(a, b):
+    """Passes through logarithms, so that all of ``b`` must be above 0."""
     from minGRU_pytorch.minGRU import heinsen_associative_scan_log
 
     return heinsen_associative_scan_log(a.log(), b.log())
