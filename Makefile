@@ -23,7 +23,7 @@ check: $(DEV)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-bench: $(NATIVE)
+bench: $(TEST)
 	$(VENV)/bin/python scripts/bench.py
 
 $(BASE): pyproject.toml constraints.txt hatch_build.py

@@ -126,12 +126,12 @@ def transformers_rglru(a, b):
 
 
 def xlstm_mlstm(q, k, v, input_gate, log_forget):
-    """Its own sigmoid is undone; the forget gate is ``log_forget = logsigmoid(f)``."""
-    from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_custbw
+    """Its own sigmoid is undone. Its custom backward is no peer: that leaves out the gradient of the denominator."""
+    from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_autograd
 
     forget = log_forget - torch.log(-torch.expm1(log_forget))
     inputs = _heads_first(q * q.shape[-1] ** 0.5, k, v, input_gate, forget)
-    return mlstm_chunkwise__native_custbw(*inputs).transpose(1, 2)
+    return mlstm_chunkwise__native_autograd(*inputs).transpose(1, 2)
 
 
 def torch_conv1d(x, weight, activation):
