@@ -88,6 +88,10 @@ def _call(name: str, function: Callable[..., Any], arguments: list[str]) -> None
     parser = ArgumentParser(prog=f"seqzoo {name}", description=COMMANDS[name][1], exit_on_error=False)
     parser.add_function_arguments(function, as_positional=True)
     first = next(iter(inspect.signature(function).parameters.values()), None)
+    if first is not None:
+        # What stands first may be named as well, as all other settings are.
+        flag = f"--{first.name}"
+        arguments = [argument.removeprefix(f"{flag}=") for argument in arguments if argument != flag]
     if first is not None and first.annotation == "list[str]":
         # A list of names is written as in any shell: one after the other.
         names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))

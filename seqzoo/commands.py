@@ -18,14 +18,14 @@ def layers() -> None:
     from seqzoo.kernels import OPERATORS
     from seqzoo.layers import FAMILIES
 
-    table = Table(
-        "layer", "family", "paper, numbers in the state of a sequence, operators and their kernels", box=SIMPLE_HEAD
-    )
+    table = Table("layer and family", "paper, numbers in a sequence's state, operators and kernels", box=SIMPLE_HEAD)
+    for column in table.columns:
+        column.overflow = "fold"
     for family, members in FAMILIES.items():
         for layer in members:
             facts = [_paper(layer), f"state: {layer.state_formula}"]
             facts += [f"{name}: {', '.join(OPERATORS[name])}" for name in layer.operators]
-            table.add_row(layer.__name__, family, "\n".join(facts), end_section=True)
+            table.add_row(f"{layer.__name__}\n{family}", "\n".join(facts), end_section=True)
     Console().print(table)
 
 

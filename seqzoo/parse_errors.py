@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
+from textwrap import shorten
 
 TYPE_NAMES = {
     "NoneType": "null",
@@ -40,13 +41,24 @@ def explain_parse_error(message: str, known_options: Iterable[str] = ()) -> str:
         return f"unexpected {match[1]!r}; {hint}"
     if match := re.match(r"the following arguments are required: (.*)", message):
         names = [name if name in known else name.partition(".")[2] or name for name in match[1].split(", ")]
-        return f"missing {', '.join(names)}" + ("; give them in a config, after --config" if "config" in known else "")
+        hint = f"; give {'them' if len(names) > 1 else 'it'} in a config, after --config" if "config" in known else ""
+        return f"missing {', '.join(names)}{hint}"
     if match := re.match(r"Problems parsing config: (.*)", message, re.DOTALL):
         return "config: not YAML: " + _one_line(re.sub(r'in "[^"]*",', "at", match[1]))
     if match := re.match(r"Unexpected config: (.*)", message):
-        return f"config: expected settings, such as 'model:' with its own below, got {match[1]!r}"
+        return f"config: expected settings, such as 'model:' with its own below, got {shorten(match[1], 60)!r}"
     keys, problem = _innermost(message)
     return f"{'.'.join(keys)}: {_reason(problem, message)}" if keys else _one_line(message)
+
+
+def explain_build_error(message: str) -> str:
+    """Reword what jsonargparse says when a class that a config names refuses to be built, or lacks a package.
+
+    Args:
+        message: the text of its ``ValueError``.
+    """
+    first = re.search(r"\nErrors:\n +- (.*?)(?=\n +- |\nGiven value)", message, re.DOTALL)
+    return _one_line(re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)'", r"\1", first[1])) if first else message
 
 
 def _unknown_option(option: str, known: list[str]) -> str:

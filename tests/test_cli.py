@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning_utilities.core.imports import RequirementCache
 
 from seqzoo import __version__
 from seqzoo.cli import COMMANDS, TRAINING, main
@@ -196,6 +197,19 @@ def test_fit_writes_config_metrics_and_checkpoints_and_numbers_its_runs(work, ca
     assert sorted(path.name for path in (work / "runs").iterdir()) == ["tiny"]
 
 
+def test_another_logger_writes_beside_the_run_and_not_in_its_place(work, capsys):
+    call(capsys, *FIT, "--trainer.logger=lightning.pytorch.loggers.logger.DummyLogger")
+    folder = work / "runs" / "tiny" / "version_0"
+    assert read_csv(folder / "metrics.csv") and (folder / "checkpoints" / "last.ckpt").is_file()
+    assert "DummyLogger" in (folder / "config.yaml").read_text()
+    assert sorted(path.name for path in work.iterdir()) == ["corpus", "runs", "tiny.yaml"]
+
+
+def test_fit_without_a_logger(work, capsys):
+    call(capsys, *FIT, "--trainer.logger=false")
+    assert not list(work.rglob("metrics.csv"))
+
+
 def test_fit_repeats_itself_from_the_config_that_it_wrote(run, work, capsys):
     (work / "again.yaml").write_text((run / "version_0" / "config.yaml").read_text())
     call(capsys, "fit", "--config", "again.yaml", "--name=other")
@@ -354,7 +368,10 @@ MISTAKES = {
         ["pattern", "'locl'", "did you mean 'local'"],
     ),
     "pattern is not a list": (lambda: config("[delta, local]", "delta"), ["model.net.pattern", "a list", "'delta'"]),
-    "no pattern": (lambda: config("    pattern: [delta, local]\n", ""), ["model.net.pattern", "missing"]),
+    "no pattern": (
+        lambda: config("    pattern: [delta, local]\n", ""),
+        ["missing model.net.pattern; give it in a config"],
+    ),
     "unknown setting of the model": (
         lambda: config("dim: 8", "dims: 8"),
         ["'model.net.dims'", "did you mean 'model.net.dim'"],
@@ -377,6 +394,23 @@ MISTAKES = {
     "wrong choice": (lambda: [*FIT, "--model.net.norm=rmss"], ["model.net.norm", "'rms' or 'layer'", "'rmss'"]),
     "out of range": (lambda: [*FIT, "--model.learning_rate=-1"], ["learning_rate=-1", "above 0"]),
     "no number of steps": (lambda: config("max_steps: 4, ", ""), ["trainer.max_steps=-1", "number of optimizer steps"]),
+    "fraction of an epoch without end": (
+        lambda: config("val_check_interval: 2", "val_check_interval: 0.5"),
+        ["trainer.val_check_interval=0.5", "never ends", "number of batches"],
+    ),
+    "no batch a step": (
+        lambda: [*FIT, "--trainer.accumulate_grad_batches=0"],
+        ["trainer.accumulate_grad_batches=0", "1 batch a step, or more"],
+    ),
+    "callback that refuses its settings": (
+        lambda: [
+            *FIT,
+            "--trainer.callbacks=EarlyStopping",
+            "--trainer.callbacks.monitor=val/loss",
+            "--trainer.callbacks.mode=low",
+        ],
+        ["`mode`", "min, max", "low"],
+    ),
     "no such accelerator": (lambda: [*FIT, "--trainer.accelerator=gpuu"], ["'gpuu'", "cpu"]),
     "misspelt callback": (
         lambda: [*FIT, "--trainer.callbacks=lightning.pytorch.callbacks.EarlyStoping"],
@@ -419,11 +453,12 @@ MISTAKES = {
     ),
     # Files
     "missing config": (lambda: ["fit", "--config", "nothing.yaml"], ["config", "nothing.yaml", "does not exist"]),
-    "no config": (lambda: ["fit"], ["missing", "model.net.pattern", "--config"]),
+    "no config": (lambda: ["fit"], ["missing model.net.pattern, model.net.layers; give them", "--config"]),
     "config without its flag": (lambda: ["fit", "tiny.yaml"], ["'tiny.yaml'", "--config"]),
     "folder for a config": (lambda: ["fit", "--config", "corpus"], ["config", "corpus", "not a file"]),
     "broken YAML": (lambda: config("[delta, local]", "[delta, local"), ["config", "not YAML", "line 7"]),
     "tab in YAML": (lambda: config("    dim", "\tdim"), ["config", "not YAML", "line 5"]),
+    "text for a config": (lambda: ["fit", "--config", "corpus/0.txt"], ["config", "model:", "[...]'"]),
     "YAML of one word": (lambda: write("hello"), ["config", "'hello'", "model:"]),
     "empty config": (lambda: write("# nothing yet\n"), ["config", "'# nothing yet'", "model:"]),
     "config that is not text": (lambda: write(b"\xff\xfe\x00\x01"), ["config", "UTF-8"]),
@@ -440,6 +475,11 @@ MISTAKES = {
     "not a layer to show": (lambda: ["show", "FAMILIES"], ["'FAMILIES'", "Mamba2"]),
     "two layers to show": (lambda: ["show", "Mamba2", "Attention"], ["'Attention'", "seqzoo show -h"]),
     "missing checkpoint to generate from": (lambda: ["generate", "no.ckpt"], ["no.ckpt", "does not exist"]),
+    "missing checkpoint by its name": (lambda: ["generate", "--checkpoint", "no.ckpt"], ["no.ckpt", "does not exist"]),
+    "missing checkpoint by its name and =": (
+        lambda: ["generate", "--checkpoint=no.ckpt"],
+        ["no.ckpt", "does not exist"],
+    ),
     "folder without a checkpoint": (lambda: ["generate", "corpus"], ["corpus", "no .ckpt", "train first"]),
     "unknown setting of generate": (
         lambda: ["generate", "x", "--temprature=1"],
@@ -517,7 +557,15 @@ def test_a_loss_that_is_not_a_number(capsys):
 
 
 def test_what_lightning_refuses_is_one_line_too(capsys):
-    assert "val_check_interval" in refuse(capsys, *FIT, "--trainer.val_check_interval=0.5")
+    assert "barebones" in refuse(capsys, *FIT, "--trainer.barebones=true", "--trainer.profiler=simple")
+
+
+def test_a_logger_whose_package_is_missing(work, capsys, monkeypatch):
+    missing = RequirementCache("a-package-that-nobody-has")
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", missing)
+    line = refuse(capsys, *FIT, "--trainer.logger=WandbLogger", "--trainer.logger.project=tiny")
+    assert line.startswith("WandbLogger: ") and "a-package-that-nobody-has" in line and "Union" not in line
+    assert not (work / "runs").exists()
 
 
 def test_our_own_bugs_keep_their_traceback(monkeypatch):

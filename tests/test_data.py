@@ -307,8 +307,8 @@ def test_refuses_a_setting_out_of_range(settings, message):
     [
         ("missing.txt", {}, "files: .*missing.txt does not exist"),
         ("missing/*.txt", {}, r"files: no file matches .*missing/\*.txt"),
-        ("empty", {}, r"files=\['.*empty'\]: there is no text"),
-        ("binary", {}, r"there is no text; 1 files are not UTF-8"),
+        ("empty", {}, r"files=\['.*empty'\]: there is no text \(empty files: 1, not UTF-8: 0\)"),
+        ("binary", {}, r"there is no text \(empty files: 0, not UTF-8: 1\)"),
         ("small.txt", {"sequence_length": 100}, "sequence_length=100: the training text has 81 of .* 90 bytes"),
         ("small.txt", {"sequence_length": 16}, "held-out text has 9 of .* sequence_length of at most 9 fits"),
     ],

@@ -190,19 +190,21 @@ def find_documents(files: Sequence[str]) -> list[Document]:
         OSError: something cannot be read.
     """
     documents: dict[str, Document] = {}
-    not_text = 0
+    empty = not_text = 0
     for root, paths, is_named in map(_expand, files) if files else [_standard_library()]:
         named_paths = {path.relative_to(root).as_posix(): path for path in paths}
         for name, path in sorted(named_paths.items()):
             size = path.stat().st_size if is_named else _text_size(path)
             if size is None:
                 not_text += 1
-            elif size:
+            elif size == 0:
+                empty += 1
+            else:
                 documents.setdefault(os.path.realpath(path), Document(name, path, 0, size))
     if not_text:
         announce(f"TextData: skipped {not_text:,} files that are not text in UTF-8")
     if not documents:
-        raise ValueError(f"files={list(files)}: there is no text; {not_text} files are not UTF-8, all others are empty")
+        raise ValueError(f"files={list(files)}: there is no text (empty files: {empty}, not UTF-8: {not_text})")
     return list(documents.values())
 
 

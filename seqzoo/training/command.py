@@ -11,13 +11,22 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
+import seqzoo.tasks  # noqa: F401 (help and short names know the data modules that are imported)
+from seqzoo.cli import TRAINING
 from seqzoo.models.checkpoint import check_layers, check_weights, find_checkpoint, read_checkpoint
-from seqzoo.parse_errors import explain_parse_error
-from seqzoo.training.language_modeling import LanguageModeling, require_steps
+from seqzoo.parse_errors import explain_build_error, explain_parse_error
+from seqzoo.training.language_modeling import LanguageModeling, check_schedule
 from seqzoo.training.progress import ProgressBar
 from seqzoo.training.random_state import RandomState
 
 RUNS = "runs"
+HELP = {
+    name: {
+        "usage": f"seqzoo {name} --config FILE [--SETTING=VALUE ...]",
+        "description": f"{line}; a setting stands in the config, or on the command line to override it",
+    }
+    for name, line in TRAINING.items()
+}
 LIGHTNING_CHECKPOINTS = ("best", "last", "hpc")
 """Words that the trainer itself resolves to a file."""
 
@@ -44,7 +53,7 @@ class TrainingCommand(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"exit_on_error": False, "prog": "seqzoo"},
+            parser_kwargs={"exit_on_error": False, "prog": "seqzoo"} | HELP,
             args=args,
             run=run,
         )
@@ -71,14 +80,28 @@ class TrainingCommand(LightningCLI):
             chosen["ckpt_path"] = self._checkpoint
         self._weights = {} if self._checkpoint is None else read_checkpoint(self._checkpoint)[1]
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(explain_build_error(str(error))) from error
+
     def after_instantiate_classes(self) -> None:
         # Whatever can be refused is refused here, before a run's folder exists.
         if self._checkpoint is not None:
             check_weights(self._checkpoint, self._weights, self.model.net)
         if self.subcommand == "fit":
-            require_steps(self.trainer)
+            check_schedule(self.trainer)
         if self.run:
             self.datamodule.setup(self.subcommand)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # In the order in which help lists them: ours first, the trainer's hundred lines last.
+        parser.add_lightning_class_args(LanguageModeling, "model")
+        parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+        parser.add_lightning_class_args(L.Trainer, "trainer")
+        parser.groups["data"].title = "What to train on"
+        parser.groups["trainer"].title = "Lightning's trainer"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -99,8 +122,13 @@ class TrainingCommand(LightningCLI):
         config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
         files = config.get("config") or []
         name = config["name"] or (Path(str(files[0])).stem if files else "run")
-        if config["trainer"]["logger"] in (None, True):
-            kwargs["logger"] = CSVLogger(config["trainer"]["default_root_dir"], name=name)
+        chosen = config["trainer"]["logger"]
+        if chosen is not False:
+            loggers = [] if chosen in (None, True) else chosen if isinstance(chosen, list) else [chosen]
+            if not any(isinstance(logger, CSVLogger) for logger in loggers):
+                # The first logger names the run's folder, which not every logger of Lightning has.
+                loggers = [CSVLogger(config["trainer"]["default_root_dir"], name=name), *loggers]
+            kwargs["logger"] = loggers
         self.trainer_defaults = {"callbacks": self._callbacks(config["trainer"])}
         return super().instantiate_trainer(**kwargs)
 

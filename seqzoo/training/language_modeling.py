@@ -82,7 +82,7 @@ class LanguageModeling(L.LightningModule):
     # Training
 
     def on_fit_start(self) -> None:
-        require_steps(self.trainer)
+        check_schedule(self.trainer)
 
     def on_train_start(self) -> None:
         for name, gradient in self._accumulated.items():
@@ -215,11 +215,21 @@ class LanguageModeling(L.LightningModule):
                 self.log_dict({f"{stage}/loss/{name}": loss, f"{stage}/accuracy/{name}": accuracy})
 
 
-def require_steps(trainer: L.Trainer) -> None:
-    """Raise ValueError unless training has an end, which the schedule needs too."""
+def check_schedule(trainer: L.Trainer) -> None:
+    """Raise ValueError unless the trainer can count by steps and batches alone, as data without an end needs."""
     if trainer.max_steps < 1:
         raise ValueError(
             f"trainer.max_steps={trainer.max_steps}: training data never ends; set a number of optimizer steps"
+        )
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: use 1 batch a step, or more"
+        )
+    interval = trainer.val_check_interval
+    if isinstance(interval, float) and interval < 1 and isinstance(trainer.limit_train_batches, float):
+        raise ValueError(
+            f"trainer.val_check_interval={interval} is a share of an epoch, but training data never ends; "
+            "set a number of batches"
         )
 
 
