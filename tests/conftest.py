@@ -64,3 +64,17 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreted_by_default(**values): see tests/test_kernels.py")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes minutes in Triton's interpreter is slow, unless the test says that these values run by default."""
+    for item in items:
+        mark = item.get_closest_marker("interpreted_by_default")
+        if mark is not None and item.callspec.params.get("backend") == "triton" and not torch.cuda.is_available():
+            wanted = mark.kwargs.items()
+            if not wanted or any(item.callspec.params[name] not in values for name, values in wanted):
+                item.add_marker(pytest.mark.slow)

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, t
 from seqzoo.kernels import OPERATORS, backends, checked_ranges, native
 from seqzoo.kernels.chunks import UnitLowerInverse
 
-# The interpreter of Triton walks through a kernel's programs one by one: a few lengths stand for all.
-SLOW = ("triton",)
+# Triton's interpreter walks through a kernel's programs one by one: one length of several chunks stands for all, and
+# what `interpreted_by_default` does not name waits for `make test-all`.
+INTERPRETED = ("triton",)
 TIMES = (1, 3, 17, 63, 64, 100, 200)
 FEW_TIMES = (1, 70)
 
@@ -52,12 +53,20 @@ def with_variants(pairs, having=None):
 
 
 def with_times(cases, times):
-    return [(*case, time) for case in cases for time in (times if case[1] not in SLOW else FEW_TIMES)]
+    return [(*case, time) for case in cases for time in (times if case[1] not in INTERPRETED else FEW_TIMES)]
 
 
 def parametrize(cases):
     names = ("operator", "backend", "variant", "time")
     return pytest.mark.parametrize(names[: len(cases[0])], cases)
+
+
+def interpreted_by_default(**values):
+    """Of a test of kernels, run what has these values also where kernels are interpreted; the rest of it is slow there.
+
+    Without values, none of it. Tests without this mark always run.
+    """
+    return pytest.mark.interpreted_by_default(**values)
 
 
 every = parametrize(with_variants(EVERY))
@@ -192,6 +201,7 @@ def truth_of(operator, variant, time, starts, dropped):
     return differentiate(operator, "reference", inputs, STARTS[starts](time))
 
 
+@interpreted_by_default(starts=("many starts",), state=("with state",))
 @parametrize(with_times(with_variants(OTHERS), TIMES))
 @pytest.mark.parametrize("state", ["with state", "without state"])
 @pytest.mark.parametrize("starts", STARTS)
@@ -202,6 +212,7 @@ def test_equals_the_reference(operator, backend, variant, time, starts, state):
     assert_same(ours, truth_of(operator, variant, time, starts, dropped))
 
 
+@interpreted_by_default(groups=(2,))
 @pytest.mark.parametrize(("groups", "heads"), [(1, 1), (1, 4), (2, 4), (4, 4)])
 @parametrize(
     [case for case in with_variants(OTHERS) if "groups" in inspect.signature(equation(case[0]).example).parameters]
@@ -227,14 +238,17 @@ def test_short_conv_is_pytorchs_conv1d(backend, size, time):
     torch.testing.assert_close(last, seen[:, time:])
 
 
+@interpreted_by_default(starts=("many starts",), time=(70,))
 @parametrize(with_times(with_variants(OTHERS), [1, 63, 64, 100, 200]))
 @pytest.mark.parametrize("starts", ["no start", "many starts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_as_precise_as_plain_pytorch(operator, backend, variant, dtype, time, starts):
-    examples = [example(operator, variant, time=time, dtype=dtype, seed=seed) for seed in range(3)]
+    seeds = 1 if backend in INTERPRETED else 3
+    examples = [example(operator, variant, time=time, dtype=dtype, seed=seed) for seed in range(seeds)]
     assert_as_precise_as_plain_pytorch(operator, backend, examples, STARTS[starts](time))
 
 
+@interpreted_by_default()
 @every
 @pytest.mark.parametrize("starts", ["no start", "many starts"])
 @pytest.mark.parametrize("sizes", [[1, 99], [64, 36], [37, 53, 1, 9], [2] * 50], ids=lambda sizes: str(sizes[:4]))
@@ -258,6 +272,7 @@ def test_goes_on_from_its_state(operator, backend, variant, sizes, starts):
     assert_same(*results)
 
 
+@interpreted_by_default()
 @every
 def test_documents_do_not_see_each_other(operator, backend, variant):
     """Packed side by side, a state in front, documents give what each gives alone."""
@@ -282,6 +297,7 @@ def strongly_decaying(operator, variant, where, amount, seed):
     return inputs
 
 
+@interpreted_by_default(where=("one token",), amount=(-1e4,))
 @pytest.mark.parametrize("amount", [-50.0, -1e4])
 @pytest.mark.parametrize("where", ["each token", "one token"])
 @gated
@@ -293,6 +309,7 @@ def test_stays_precise_under_strong_decay(operator, backend, variant, where, amo
     assert_as_precise_as_plain_pytorch(operator, backend, examples)
 
 
+@interpreted_by_default()
 @gated
 def test_a_strong_decay_forgets_all_before_it(operator, backend, variant):
     inputs = strongly_decaying(operator, variant, "one token", -1e4, 0)
@@ -327,11 +344,14 @@ def test_scans_keep_to_the_equation_at_the_limits(operator, backend, variant):
     assert_as_precise_as_plain_pytorch(operator, backend, examples)
 
 
+@interpreted_by_default()
 @delta
 def test_writes_with_strength_up_to_two(operator, backend, variant):
     examples = []
     for seed in range(3):
-        inputs = example(operator, variant, time=200 if backend not in SLOW else 70, dtype=torch.float32, seed=seed)
+        inputs = example(
+            operator, variant, time=200 if backend not in INTERPRETED else 70, dtype=torch.float32, seed=seed
+        )
         inputs["beta"] = 2 * torch.rand(inputs["beta"].shape)
         inputs["beta"][:, ::3] = 2
         examples.append(inputs)
@@ -345,7 +365,9 @@ def test_repeated_keys_overwrite_each_other(operator, backend, variant):
     """The same key at each token, no decay: powers of the triangular matrix would pass 1e18."""
     examples = []
     for seed in range(3):
-        inputs = example(operator, variant, time=200 if backend not in SLOW else 70, dtype=torch.float32, seed=seed)
+        inputs = example(
+            operator, variant, time=200 if backend not in INTERPRETED else 70, dtype=torch.float32, seed=seed
+        )
         inputs["k"] = inputs["k"][:, :1].expand_as(inputs["k"]).contiguous()
         inputs["beta"].fill_(1)
         if inputs.get("log_decay") is not None:
@@ -357,6 +379,7 @@ def test_repeated_keys_overwrite_each_other(operator, backend, variant):
         torch.testing.assert_close(y, inputs["v"], rtol=1e-5, atol=1e-5)
 
 
+@interpreted_by_default()
 @every
 def test_takes_strided_inputs_and_leaves_them_alone(operator, backend, variant):
     inputs, starts = example(operator, variant, time=70), STARTS["many starts"](70)
@@ -373,6 +396,7 @@ def test_takes_strided_inputs_and_leaves_them_alone(operator, backend, variant):
         assert_same(differentiate(operator, backend, strided, starts.mT.contiguous().mT), truth)
 
 
+@interpreted_by_default()
 @every
 def test_rows_are_independent(operator, backend, variant):
     inputs, starts = example(operator, variant, time=70), STARTS["many starts"](70)
@@ -394,6 +418,7 @@ def test_outputs_have_the_dtype_of_the_inputs_and_states_at_least_float32(operat
     assert {z.real.dtype for z in tree_leaves(state)} == {wide}
 
 
+@interpreted_by_default()
 @every
 def test_autocast_changes_nothing(operator, backend, variant):
     inputs, starts = example(operator, variant, time=70, dtype=torch.float32), STARTS["many starts"](70)
