@@ -134,7 +134,7 @@ def forward_and_backward(run: Callable[..., Any], inputs: Mapping[str, Any]) -> 
 
 
 def work(case: Case, inputs: Mapping[str, Any]) -> tuple[float, float]:
-    """Floating-point operations and bytes of forward and backward that no form of the operator can do without.
+    """Floating-point operations and bytes of forward and backward: what binds an operator however it is written.
 
     A matrix-state operator is counted in chunks of 64, the backward as twice the forward; each input, output and
     gradient passes through memory once.
