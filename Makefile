@@ -7,7 +7,7 @@ TEST := $(VENV)/.test
 DEV := $(VENV)/.dev
 NATIVE := $(VENV)/.native
 
-.PHONY: demo test test-all check bench
+.PHONY: demo test test-all check kernels bench
 
 demo: $(NATIVE)
 	$(VENV)/bin/seqzoo demo

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from seqzoo.kernels.triton_support import last_axis_contiguous
 
-TOKENS, CHANNELS = 32, 64
+TOKENS, CHANNELS = 32, 32
 
 
 @triton.jit
@@ -55,6 +55,25 @@ def _load_weight(weight, channel, channels, SIZE: tl.constexpr, SUM: tl.constexp
 
 
 @triton.jit
+def _store_last(
+    x, state, starts, last, batch, channel, time, channels, x_batch, x_time, SIZE: tl.constexpr, SUM: tl.constexpr
+):  # fmt: skip
+    """The new state: the last ``SIZE - 1`` inputs, with zeros before the open document's start."""
+    end = time - 1 + tl.zeros((1, 1), tl.int32)
+    taps = _load_taps(x, state, batch, end, channel, time, channels, x_batch, x_time, SIZE - 1, 0, SIZE, SUM)
+    if starts is not None:
+        begins = _load_starts(starts, batch, end, time, SIZE - 1, 0)
+        visible = end < time
+    for back in tl.static_range(SIZE - 1):
+        tap = taps[SIZE - 1 - back]
+        if starts is not None:
+            tap = tl.where(visible, tap, 0)
+            visible &= ~begins[SIZE - 1 - back]
+        row = batch * (SIZE - 1) + SIZE - 2 - back
+        tl.store(last + row * channels + channel, tap, mask=channel < channels)
+
+
+@triton.jit
 def _forward(
     x, weight, bias, state, starts, y, last, time, channels, x_batch, x_time,
     SIZE: tl.constexpr, SILU: tl.constexpr, SUM: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -85,17 +104,7 @@ def _forward(
     tl.store(y + (batch * time + token) * channels + channel, total, mask=(token < time) & present)
 
     if tile == tiles - 1:
-        end = time - 1 + tl.zeros((1, 1), tl.int32)
-        taps = _load_taps(x, state, batch, end, channel, time, channels, x_batch, x_time, SIZE - 1, 0, SIZE, SUM)
-        if starts is not None:
-            begins = _load_starts(starts, batch, end, time, SIZE - 1, 0)
-            visible = end < time
-        for back in tl.static_range(SIZE - 1):
-            tap = taps[SIZE - 1 - back]
-            if starts is not None:
-                tap = tl.where(visible, tap, 0)
-                visible &= ~begins[SIZE - 1 - back]
-            tl.store(last + (batch * (SIZE - 1) + SIZE - 2 - back) * channels + channel, tap, mask=present)
+        _store_last(x, state, starts, last, batch, channel, time, channels, x_batch, x_time, SIZE, SUM)
 
 
 @triton.jit
@@ -209,6 +218,7 @@ def _config(time, channels, dtype):
         "TOKENS": min(triton.next_power_of_2(time), TOKENS),
         "CHANNELS": min(triton.next_power_of_2(channels), CHANNELS),
         "num_warps": 8,
+        "enable_fp_fusion": True,
     }
 
 
