@@ -71,6 +71,6 @@ class Function:
         return entry
 
 
-def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+def dense(*tensors: Tensor | None) -> list[Any]:
     """Contiguous tensors of the same values, copied only where they must be; None stays None."""
     return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_kind, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.short_conv import chunked, reference, triton_op
+from seqzoo.kernels.short_conv import chunked, native, reference, triton_op
 
 IMPLEMENTATIONS = {
     "reference": reference.short_conv,
     "chunked": chunked.short_conv,
+    "native": native.short_conv,
     "triton": triton_op.short_conv,
 }
 
@@ -43,7 +44,7 @@ def short_conv(
         state: the last ``size - 1`` inputs of the open document, oldest first, zeros before its start; None is a start.
         starts: True where a new document begins.
         activation: applied last.
-        backend: ``auto``, ``triton``, ``chunked`` or ``reference``.
+        backend: ``auto``, ``native``, ``triton``, ``chunked`` or ``reference``.
 
     Returns:
         The outputs in the dtype of ``x``, and the new state.
