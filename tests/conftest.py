@@ -34,6 +34,8 @@ def _jaxtyped_unless_compiling(fn=None, *, typechecker):
         return functools.partial(_jaxtyped_unless_compiling, typechecker=typechecker)
     if not inspect.isfunction(fn) or not any("Tensor" in str(hint) for hint in fn.__annotations__.values()):
         return fn
+    if "<locals>" in fn.__qualname__:  # one place in the source, many functions
+        return fn
     # Tracing reads all that a function closes over: so the checked twin, which it cannot read, is looked up instead.
     place = f"{fn.__code__.co_filename}:{fn.__code__.co_firstlineno}"
     _checked[place] = _jaxtyped(fn, typechecker=typechecker)

@@ -16,9 +16,13 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_kind, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.selective_scan import chunked, reference
+from seqzoo.kernels.selective_scan import chunked, native, reference
 
-IMPLEMENTATIONS = {"reference": reference.selective_scan, "chunked": chunked.selective_scan}
+IMPLEMENTATIONS = {
+    "reference": reference.selective_scan,
+    "chunked": chunked.selective_scan,
+    "native": native.selective_scan,
+}
 
 
 def selective_scan(
@@ -48,7 +52,7 @@ def selective_scan(
         dt_bias: added to ``dt`` before softplus; None for none.
         state: S after the tokens before, float32 (float64 for float64 inputs); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
-        backend: ``auto``, ``reference`` or ``chunked``.
+        backend: ``auto``, ``reference``, ``chunked`` or ``native``.
 
     Returns:
         y in the dtype of ``x``, and S after the last token.

@@ -1,0 +1,108 @@
+"""The operators of torch that stand on native.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.backends import accumulation_dtype
+from seqzoo.kernels.native.tensors import DTYPES, Function, dense
+from seqzoo.kernels.torch_operators import define, differentiable
+
+# native.cpp has the same: tokens between two states that are kept for the backward, and the most channels in a vector.
+BLOCK, LANES = 64, 16
+# Ranges of channels for each thread: more of them wait less for the slowest, fewer read memory in longer rows.
+RANGES = 2
+
+_FORWARD = Function("selective_scan_forward")
+_BACKWARD = Function("selective_scan_backward")
+
+
+def selective_scan(x, dt, A, B, C, D, gate, dt_bias, state, starts):
+    out, wide = x.dtype, accumulation_dtype(x)
+    if out == torch.float16:
+        x, B, C, gate = (z if z is None else z.float() for z in (x, B, C, gate))
+    if dt.dtype not in (x.dtype, wide):
+        dt = dt.to(wide)
+    A, D, dt_bias, state = (z if z is None else z.to(wide) for z in (A, D, dt_bias, state))
+    inputs = (x, dt, A, B, C, D, gate, dt_bias, state)
+    keep = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in inputs)
+    y, last, _ = FORWARD(*inputs, starts, keep)
+    return y.to(out), last
+
+
+def _parts(x: Tensor) -> int:
+    """How many ranges of channels a batch row is cut into."""
+    wanted = -(-RANGES * torch.get_num_threads() // max(1, x.shape[0]))
+    return max(1, min(wanted, x.shape[2] // LANES))
+
+
+def _run(x, dt, A, B, C, D, gate, dt_bias, state, starts, keep):
+    x, dt, A, B, C, D, gate, dt_bias, state, starts = dense(x, dt, A, B, C, D, gate, dt_bias, state, starts)
+    y, last, kept = _fake(x, dt, A, B, C, D, gate, dt_bias, state, starts, keep)
+    kinds = DTYPES[x.dtype], DTYPES[dt.dtype], torch.get_num_threads(), _parts(x)
+    inputs = (x, dt, A, B, C, D, gate, dt_bias, state, starts)
+    _FORWARD(*kinds, *inputs, y, last, kept if keep else None, *x.shape, A.shape[1])
+    return y, last, kept
+
+
+def _fake(x, dt, A, B, C, D, gate, dt_bias, state, starts, keep):
+    batch, time, channels = x.shape
+    entries = A.shape[1]
+    # Whole vectors of channels, for any width of vectors, and entries in fours.
+    padded = -(-channels // LANES) * LANES * (-(-entries // 4) * 4)
+    blocks = -(-time // BLOCK) if keep else 0
+    return x.new_empty(x.shape), A.new_empty(batch, channels, entries), A.new_empty(batch, blocks, padded)
+
+
+def _run_back(y_grad, last_grad, x, dt, A, B, C, D, gate, dt_bias, state, starts, kept):
+    x, dt, A, B, C, D, gate, dt_bias, starts, kept, y_grad, last_grad = dense(
+        x, dt, A, B, C, D, gate, dt_bias, starts, kept, y_grad, last_grad
+    )
+    grads = _fake_back(y_grad, last_grad, x, dt, A, B, C, D, gate, dt_bias, state, starts, kept)
+    dx, ddt, _, dB, dC, _, dgate, _, dstate = grads
+    # One row of each for each batch row, added up below.
+    by_row = [z if z is None else z.new_empty(len(x), *z.shape) for z in (A, D, dt_bias)]
+    dA, dD, ddt_bias = by_row
+    kinds = DTYPES[x.dtype], DTYPES[dt.dtype], torch.get_num_threads(), _parts(x)
+    inputs = (x, dt, A, B, C, D, gate, dt_bias, starts, kept, y_grad, last_grad)
+    outputs = (dx, ddt, dA, dB, dC, dD, dgate if gate is not None else None, ddt_bias, dstate)
+    _BACKWARD(*kinds, *inputs, *outputs, *x.shape, A.shape[1])
+    dA, dD, ddt_bias = (x.new_empty(0) if z is None else z.sum(0) for z in by_row)
+    return dx, ddt, dA, dB, dC, dD, dgate, ddt_bias, dstate
+
+
+def _fake_back(y_grad, last_grad, x, dt, A, B, C, D, gate, dt_bias, state, starts, kept):
+    inputs = (x, dt, A, B, C, D, gate, dt_bias)
+    return *(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in inputs), A.new_empty(len(x), *A.shape)
+
+
+FORWARD = define(
+    "selective_scan_native(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? gate, "
+    "Tensor? dt_bias, Tensor? state, Tensor? starts, bool keep) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+    device="CPU",
+)
+BACKWARD = define(
+    "selective_scan_native_backward(Tensor y_grad, Tensor last_grad, Tensor x, Tensor dt, Tensor A, Tensor B, "
+    "Tensor C, Tensor? D, Tensor? gate, Tensor? dt_bias, Tensor? state, Tensor? starts, Tensor kept) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_back,
+    _fake_back,
+    device="CPU",
+)
+
+
+def _save(ctx, inputs, outputs):
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, outputs[2])
+
+
+def _backward(ctx, y_grad, last_grad, _):
+    inputs = ctx.saved_tensors[:9]
+    grads = BACKWARD(y_grad, last_grad, *ctx.saved_tensors)
+    return *(None if z is None else grad for z, grad in zip(inputs, grads, strict=True)), None, None
+
+
+differentiable(FORWARD, _save, _backward)
