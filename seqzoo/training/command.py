@@ -100,6 +100,7 @@ class TrainingCommand(LightningCLI):
         parser.add_lightning_class_args(LanguageModeling, "model")
         parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(L.Trainer, "trainer")
+        assert parser.groups is not None
         parser.groups["data"].title = "What to train on"
         parser.groups["trainer"].title = "Lightning's trainer"
 
