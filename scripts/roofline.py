@@ -1,7 +1,7 @@
 """The least time that operators can take on a GPU, as a Markdown table: `python scripts/roofline.py [--gpu H100]`.
 
-Operations are those of the chunked form in chunks of 64, bytes those of each input, output and gradient once: see `work`
-in `bench.py`. Whichever of the two takes longer is the bound; no kernel can be faster.
+Operations are those of the chunked form in chunks of 64, bytes those of each input, output and gradient once: see
+`work` in `bench.py`. Whichever of the two takes longer is the bound; no kernel can be faster.
 """
 
 from __future__ import annotations
