@@ -15,9 +15,13 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_kind, check_log_decay, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.dplr_delta_rule import chunked, reference
+from seqzoo.kernels.dplr_delta_rule import chunked, native, reference
 
-IMPLEMENTATIONS = {"reference": reference.dplr_delta_rule, "chunked": chunked.dplr_delta_rule}
+IMPLEMENTATIONS = {
+    "reference": reference.dplr_delta_rule,
+    "chunked": chunked.dplr_delta_rule,
+    "native": native.dplr_delta_rule,
+}
 
 
 def dplr_delta_rule(
@@ -43,7 +47,7 @@ def dplr_delta_rule(
         log_decay: g, at most 0, for each channel of the keys.
         state: S after the tokens before, float32 (float64 for float64 inputs); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
-        backend: ``auto``, ``reference`` or ``chunked``.
+        backend: ``auto``, ``native``, ``chunked`` or ``reference``.
 
     Returns:
         o in the dtype of ``v``, and S after the last token.
