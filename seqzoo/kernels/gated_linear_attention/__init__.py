@@ -25,9 +25,13 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_heads, check_log_decay, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.gated_linear_attention import chunked, reference
+from seqzoo.kernels.gated_linear_attention import chunked, native, reference
 
-IMPLEMENTATIONS = {"reference": reference.gated_linear_attention, "chunked": chunked.gated_linear_attention}
+IMPLEMENTATIONS = {
+    "reference": reference.gated_linear_attention,
+    "chunked": chunked.gated_linear_attention,
+    "native": native.gated_linear_attention,
+}
 
 
 def gated_linear_attention(

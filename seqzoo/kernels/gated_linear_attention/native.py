@@ -1,0 +1,90 @@
+"""The C++ kernels of native.cpp as operators of torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqzoo.kernels.backends import accumulation_dtype
+from seqzoo.kernels.native.tensors import DTYPES, Function, dense
+from seqzoo.kernels.torch_operators import define, differentiable
+
+_FORWARD = Function("gated_linear_attention_forward")
+_BACKWARD = Function("gated_linear_attention_backward")
+
+
+def gated_linear_attention(q, k, v, log_decay, bonus, state, starts):
+    dtype, wide = v.dtype, accumulation_dtype(v)
+    if dtype == torch.float16:
+        q, k, v = q.float(), k.float(), v.float()
+    log_decay, bonus, state = (None if x is None else x.to(wide) for x in (log_decay, bonus, state))
+    o, last = FORWARD(q, k, v, log_decay, bonus, state, starts)
+    return o.to(dtype), last
+
+
+def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
+    return *q.shape[:3], *v.shape[2:3], *q.shape[3:], *v.shape[3:]
+
+
+def _run(q, k, v, log_decay, bonus, state, starts):
+    o, last = _fake(q, k, v, log_decay, bonus, state, starts)
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    q, k, v, log_decay, bonus, state, starts = dense(q, k, v, log_decay, bonus, state, starts)
+    threads = torch.get_num_threads()
+    inputs = q, k, v, log_decay, per_channel, bonus, state, starts
+    _FORWARD(DTYPES[v.dtype], threads, *_sizes(q, v), *inputs, o, last)
+    return o, last
+
+
+def _fake(q, k, v, log_decay, bonus, state, starts):
+    last = v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=accumulation_dtype(v))
+    return v.new_empty(v.shape), last
+
+
+def _run_backward(o_grad, last_grad, q, k, v, log_decay, bonus, state, starts):
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    o_grad, last_grad, q, k, v, log_decay, bonus, state, starts = dense(
+        o_grad, last_grad, q, k, v, log_decay, bonus, state, starts
+    )
+    batch, _, _, heads, key, _ = sizes = _sizes(q, v)
+    wide = accumulation_dtype(v)
+    q_grad, k_grad, v_grad = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    decay_grad = None if log_decay is None else v.new_empty(*v.shape[:3], key, dtype=wide)
+    bonus_grad = None if bonus is None else v.new_zeros(batch, heads, key, dtype=wide)
+    state_grad = last_grad.new_empty(last_grad.shape)
+    inputs = q, k, v, log_decay, per_channel, bonus, state, starts, o_grad, last_grad
+    gradients = q_grad, k_grad, v_grad, decay_grad, bonus_grad, state_grad
+    _BACKWARD(DTYPES[v.dtype], torch.get_num_threads(), *sizes, *inputs, *gradients)
+    if decay_grad is None:
+        decay_grad = v.new_empty(0)
+    elif not per_channel:
+        decay_grad = decay_grad.sum(-1)
+    bonus_grad = v.new_empty(0) if bonus_grad is None else bonus_grad.sum(0)
+    return q_grad, k_grad, v_grad, decay_grad, bonus_grad, state_grad
+
+
+def _fake_backward(o_grad, last_grad, q, k, v, log_decay, bonus, state, starts):
+    like = q, k, v, log_decay, bonus, last_grad
+    return tuple(v.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
+
+
+def _save(ctx, inputs, outputs):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, o_grad, last_grad):
+    *inputs, starts = ctx.saved_tensors
+    gradients = BACKWARD(o_grad, last_grad, *inputs, starts)
+    return *(None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)), None
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? bonus, Tensor? state, Tensor? starts"
+FORWARD = define(f"gated_linear_attention_native({_INPUTS}) -> (Tensor, Tensor)", _run, _fake, device="CPU")
+BACKWARD = define(
+    f"gated_linear_attention_native_backward(Tensor o_grad, Tensor last_grad, {_INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+    device="CPU",
+)
+differentiable(FORWARD, _save, _backward)
