@@ -28,6 +28,7 @@ COMMANDS = {
 }
 FUTILE_WARNINGS = (
     "does not have many workers",  # the data modules draw batches faster than models read them
+    "The dirpath has changed from",  # a run that goes on writes to a folder of its own
     "could not find the monitored key",  # a run that is shorter than the first validation
     "isinstance.treespec, LeafSpec",  # between Lightning and torch
     "Mismatch dtype between input and weight",  # torch's own mixed precision

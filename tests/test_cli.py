@@ -17,9 +17,9 @@ import torch
 import yaml
 from lightning_utilities.core.imports import RequirementCache
 
-from seqzoo import __version__
+from seqzoo import LanguageModel, __version__, save_model
 from seqzoo.cli import COMMANDS, TRAINING, main
-from seqzoo.layers import LAYERS
+from seqzoo.layers import LAYERS, ShortConv
 
 TEXT = """\
 # A tiny hybrid on text.
@@ -189,7 +189,8 @@ def test_fit_writes_config_metrics_and_checkpoints_and_numbers_its_runs(work, ca
     wanted = {"train/loss", "train/gradient_norm", "state_rms/00_delta", "val/loss", "val/bits", "val/accuracy"}
     assert wanted <= columns and any(name.startswith("lr-AdamW") for name in columns)
     assert (folder / "checkpoints" / "last.ckpt").is_file()
-    assert any(path.name.startswith("best-") for path in (folder / "checkpoints").iterdir())
+    best = min((float(row["val/loss"]), row["step"]) for row in rows if row["val/loss"])
+    assert [path.name for path in (folder / "checkpoints").glob("best-*")] == [f"best-step={int(best[1]) + 1}.ckpt"]
 
     call(capsys, *FIT, "--model.learning_rate=0.001")
     config = yaml.safe_load((work / "runs" / "tiny" / "version_1" / "config.yaml").read_text())
@@ -234,14 +235,24 @@ def test_fit_goes_on_from_a_checkpoint_to_the_same_end(run, work, capsys):
 def test_validate_scores_a_checkpoint(run, work, capsys):
     checkpoint = run / "version_0" / "checkpoints" / "last.ckpt"
     text = call(capsys, "validate", "--config", "tiny.yaml", f"--ckpt_path={checkpoint}")
-    shown = float(re.search(r"val/loss\W+([\d.]+)", text)[1])
-    assert shown < float(read_csv(run / "version_0" / "metrics.csv")[0]["val/loss"] or "inf")
+    logged = [row["val/loss"] for row in read_csv(run / "version_0" / "metrics.csv") if row["val/loss"]]
+    assert float(re.search(r"val/loss\W+([\d.]+)", text)[1]) == pytest.approx(float(logged[-1]), rel=1e-6)
+
+
+def test_test_scores_a_checkpoint_on_rows_of_its_own(work, capsys):
+    (work / "conv.yaml").write_text(RECALL.replace("LAYER", "seqzoo.layers.ShortConv"))
+    settings = ["--config", "conv.yaml", "--trainer.max_steps=2"]
+    call(capsys, "fit", *settings)
+    text = call(capsys, "test", *settings, "--ckpt_path=runs/conv")
+    [validated] = [row["val/loss"] for row in read_csv(work / "runs/conv/version_0/metrics.csv") if row["val/loss"]]
+    assert 0 < abs(float(re.search(r"test/loss\W+([\d.]+)", text)[1]) - float(validated)) < 0.2
 
 
 def test_print_config_writes_every_setting_and_runs_nothing(work, capsys):
     config = yaml.safe_load(call(capsys, *FIT, "--model.net.layers.local.window=7", "--print_config"))
     assert config["model"]["net"]["layers"]["local"]["init_args"]["window"] == 7
     assert config["model"]["net"]["norm"] == "rms" and config["data"]["init_args"]["seed"] == 0
+    assert config["seed_everything"] == 0 and config["trainer"]["gradient_clip_val"] == 1.0
     assert not (work / "runs").exists()
 
 
@@ -252,6 +263,29 @@ def test_generate_prints_the_prompt_and_goes_on(place, run, capsys):
     assert text.startswith("space ") and len(text) > len("space ")
     assert call(capsys, *arguments) == text
     assert call(capsys, *arguments, "--seed=1") != text
+
+
+def test_generate_draws_as_it_is_told(run, capsys):
+    def draw(*settings):
+        return call(capsys, "generate", run, "--prompt=space ", "--max_new_tokens=9", *settings)
+
+    greedy = draw("--temperature=0")
+    assert draw("--top_k=1", "--seed=1") == draw("--top_p=0.001", "--seed=1") == draw("--temperature=1e-4") == greedy
+    assert draw("--temperature=1") != greedy
+
+
+def test_generate_needs_a_model_of_bytes(work, capsys):
+    layers = {"mix": ShortConv}
+    save_model(LanguageModel(vocab_size=32, dim=8, pattern=["mix"], layers=layers), work / "recall.safetensors")
+    line = refuse(capsys, "generate", "recall.safetensors")
+    assert "recall.safetensors" in line and "vocab_size=32" in line and "256" in line
+
+
+def test_lengths_reads_other_text_at_another_length(run, work, capsys):
+    arguments = ["lengths", run, "--train_length=8", "--multiples=[1]", "--windows=1", "--output=measured"]
+    call(capsys, *arguments, f"--files=[{work / 'corpus'}]")
+    assert [row["tokens"] for row in read_csv(work / "measured" / "lengths.csv")] == ["8"]
+    assert "nowhere does not exist" in refuse(capsys, *arguments, "--files=[nowhere]")
 
 
 def test_lengths_writes_tables_and_a_picture(run, work, capsys):
@@ -463,6 +497,8 @@ MISTAKES = {
     "empty config": (lambda: write("# nothing yet\n"), ["config", "'# nothing yet'", "model:"]),
     "config that is not text": (lambda: write(b"\xff\xfe\x00\x01"), ["config", "UTF-8"]),
     "missing checkpoint": (lambda: [*FIT, "--ckpt_path=no.ckpt"], ["checkpoint", "no.ckpt", "does not exist"]),
+    "no checkpoint to validate": (lambda: ["validate", *FIT[1:]], ["missing ckpt_path", "validate", "runs/NAME"]),
+    "Lightning's word for a checkpoint": (lambda: [*FIT, "--ckpt_path=last"], ["checkpoint last does not exist"]),
     "missing checkpoint to validate": (
         lambda: ["validate", *FIT[1:], "--ckpt_path=no.ckpt"],
         ["checkpoint", "no.ckpt", "does not exist"],
@@ -566,6 +602,20 @@ def test_a_logger_whose_package_is_missing(work, capsys, monkeypatch):
     line = refuse(capsys, *FIT, "--trainer.logger=WandbLogger", "--trainer.logger.project=tiny")
     assert line.startswith("WandbLogger: ") and "a-package-that-nobody-has" in line and "Union" not in line
     assert not (work / "runs").exists()
+
+
+def test_text_has_no_test_data(run, capsys):
+    line = refuse(capsys, "test", *FIT[1:], f"--ckpt_path={run}")
+    assert "TextData" in line and "seqzoo validate" in line
+
+
+def test_a_command_that_the_user_stops(monkeypatch, capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("seqzoo.commands.layers", stopped)
+    assert main(["layers"]) == 130
+    assert capsys.readouterr().err == "seqzoo: stopped\n"
 
 
 def test_our_own_bugs_keep_their_traceback(monkeypatch):

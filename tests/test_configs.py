@@ -68,6 +68,13 @@ def test_opens_with_why_it_exists(path):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_ends_and_is_validated_at_its_end(path):
+    config = yaml.safe_load(path.read_text())
+    steps, interval = config["trainer"]["max_steps"], config["trainer"]["val_check_interval"]
+    assert 0 < config["model"]["warmup_steps"] < steps and steps % interval == 0
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_builds_and_trains(path, corpus, tmp_path):
     data = yaml.safe_load(path.read_text())["data"]["class_path"]
     settings = [setting.format(corpus=corpus) for setting in [*SHRINK, *SHRINK_DATA.get(data, [])]]

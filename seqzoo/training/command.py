@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import seqzoo.tasks  # noqa: F401 (help and short names know the data modules that are imported)
 from seqzoo.cli import TRAINING
@@ -27,8 +28,6 @@ HELP = {
     }
     for name, line in TRAINING.items()
 }
-LIGHTNING_CHECKPOINTS = ("best", "last", "hpc")
-"""Words that the trainer itself resolves to a file."""
 
 
 class TrainingCommand(LightningCLI):
@@ -75,7 +74,10 @@ class TrainingCommand(LightningCLI):
         chosen = self.config[args[0]] if self.run else self.config
         check_layers(chosen["model"]["net"]["layers"])
         path = chosen.get("ckpt_path")
-        self._checkpoint = None if path in (None, *LIGHTNING_CHECKPOINTS) else str(find_checkpoint(Path(path)))
+        if path is None and self.run and args[0] in ("validate", "test"):
+            raise ValueError(f"missing ckpt_path: what {args[0]} scores, such as --ckpt_path=runs/NAME")
+        # Always a file of ours: Lightning's own words, such as "last", look in the new run's folder and find nothing.
+        self._checkpoint = None if path is None else str(find_checkpoint(Path(path)))
         if self._checkpoint is not None:
             chosen["ckpt_path"] = self._checkpoint
         self._weights = {} if self._checkpoint is None else read_checkpoint(self._checkpoint)[1]
@@ -92,6 +94,8 @@ class TrainingCommand(LightningCLI):
             check_weights(self._checkpoint, self._weights, self.model.net)
         if self.subcommand == "fit":
             check_schedule(self.trainer)
+        if self.subcommand == "test" and not is_overridden("test_dataloader", self.datamodule):
+            raise ValueError(f"data: {type(self.datamodule).__name__} keeps no test data; use seqzoo validate")
         if self.run:
             self.datamodule.setup(self.subcommand)
 
