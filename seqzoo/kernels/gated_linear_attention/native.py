@@ -9,6 +9,9 @@ from seqzoo.kernels.backends import accumulation_dtype
 from seqzoo.kernels.native.tensors import DTYPES, Function, dense
 from seqzoo.kernels.torch_operators import define, differentiable
 
+# Up to so many tokens a matrix product gains nothing, and states of so many numbers stay in a core's cache.
+SHORT, BLOCK = 16, 1 << 17
+
 _FORWARD = Function("gated_linear_attention_forward")
 _BACKWARD = Function("gated_linear_attention_backward")
 
@@ -22,6 +25,15 @@ def gated_linear_attention(q, k, v, log_decay, bonus, state, starts):
     return o.to(dtype), last
 
 
+def _blocks(q: Tensor, v: Tensor) -> int:
+    """Into how many blocks the heads of a group are cut: one for each thread, or more where their states are large."""
+    batch, _, groups, heads, key, value = _sizes(q, v)
+    shared = heads // groups
+    wanted = max(-(-torch.get_num_threads() // (batch * groups)), shared * key * value // BLOCK)
+    most = -(-shared // min(shared, max(wanted, 1)))
+    return -(-shared // most)
+
+
 def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
     return *q.shape[:3], *v.shape[2:3], *q.shape[3:], *v.shape[3:]
 
@@ -30,9 +42,9 @@ def _run(q, k, v, log_decay, bonus, state, starts):
     o, last = _fake(q, k, v, log_decay, bonus, state, starts)
     per_channel = log_decay is not None and log_decay.ndim == 4
     q, k, v, log_decay, bonus, state, starts = dense(q, k, v, log_decay, bonus, state, starts)
-    threads = torch.get_num_threads()
+    blocks = 0 if per_channel or bonus is not None or v.shape[1] <= SHORT else _blocks(q, v)
     inputs = q, k, v, log_decay, per_channel, bonus, state, starts
-    _FORWARD(DTYPES[v.dtype], threads, *_sizes(q, v), *inputs, o, last)
+    _FORWARD(DTYPES[v.dtype], torch.get_num_threads(), blocks, *_sizes(q, v), *inputs, o, last)
     return o, last
 
 
@@ -48,16 +60,19 @@ def _run_backward(o_grad, last_grad, q, k, v, log_decay, bonus, state, starts):
     )
     batch, _, _, heads, key, _ = sizes = _sizes(q, v)
     wide = accumulation_dtype(v)
+    blocks = 0 if per_channel or bonus is not None else _blocks(q, v)
+    parts = v.new_empty(2, blocks, *q.shape, dtype=wide) if blocks > 1 else None
     q_grad, k_grad, v_grad = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    decay_grad = None if log_decay is None else v.new_empty(*v.shape[:3], key, dtype=wide)
+    by_channel = () if blocks else (key,)
+    decay_grad = None if log_decay is None else v.new_empty(*v.shape[:3], *by_channel, dtype=wide)
     bonus_grad = None if bonus is None else v.new_zeros(batch, heads, key, dtype=wide)
     state_grad = last_grad.new_empty(last_grad.shape)
     inputs = q, k, v, log_decay, per_channel, bonus, state, starts, o_grad, last_grad
-    gradients = q_grad, k_grad, v_grad, decay_grad, bonus_grad, state_grad
-    _BACKWARD(DTYPES[v.dtype], torch.get_num_threads(), *sizes, *inputs, *gradients)
+    gradients = q_grad, k_grad, v_grad, decay_grad, bonus_grad, state_grad, parts
+    _BACKWARD(DTYPES[v.dtype], torch.get_num_threads(), blocks, *sizes, *inputs, *gradients)
     if decay_grad is None:
         decay_grad = v.new_empty(0)
-    elif not per_channel:
+    elif decay_grad.ndim == 4 and not per_channel:
         decay_grad = decay_grad.sum(-1)
     bonus_grad = v.new_empty(0) if bonus_grad is None else bonus_grad.sum(0)
     return q_grad, k_grad, v_grad, decay_grad, bonus_grad, state_grad

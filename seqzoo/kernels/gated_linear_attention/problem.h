@@ -1,0 +1,62 @@
+// What the kernels of this folder share: the inputs of one call, where its gradients go, and rows of numbers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "interface.h"
+#include "simd.h"
+
+namespace linear_attention {
+
+using namespace seqzoo;
+
+// Contiguous inputs; log_decay is [batch, time, head], or with per_channel [batch, time, head, key]; null is none.
+template <class T>
+struct Problem {
+    using W = Wide<T>;
+    int64_t batch, time, groups, heads, key, value;
+    const T *q, *k, *v;
+    const W* log_decay;
+    bool per_channel;
+    const W *bonus, *state;
+    const bool* starts;
+
+    int64_t shift() const { return bonus != nullptr; }
+    int64_t steps() const { return time + shift(); }
+    // What a step writes is the token `step - shift`; what it reads with is the token `step`, unless a start hides it.
+    bool begins(int64_t b, int64_t step) const {
+        int64_t token = step - shift();
+        return starts && token >= 0 && token < time && starts[b * time + token];
+    }
+    bool reads(int64_t b, int64_t step) const { return step < time && !(bonus && starts && starts[b * time + step]); }
+};
+
+template <class T>
+Problem<T> problem(int64_t batch, int64_t time, int64_t groups, int64_t heads, int64_t key, int64_t value,
+                   const void* q, const void* k, const void* v, const void* log_decay, bool per_channel,
+                   const void* bonus, const void* state, const void* starts) {
+    auto data = [](const void* x) { return static_cast<const T*>(x); };
+    auto wide = [](const void* x) { return static_cast<const Wide<T>*>(x); };
+    return {batch,   time,    groups,          heads,       key,         value,       data(q),
+            data(k), data(v), wide(log_decay), per_channel, wide(bonus), wide(state), static_cast<const bool*>(starts)};
+}
+
+template <class T>
+struct Gradients {
+    T *q, *k, *v;
+    Wide<T>*log_decay, *bonus, *state;
+};
+
+template <class T>
+void load_row(const T* from, int64_t count, Wide<T>* to, int64_t stride) {
+    for_each_vector<T>(count, [&](int64_t i, auto load, auto) { store(to + i, load(from + i)); });
+    std::fill(to + count, to + stride, Wide<T>(0));
+}
+
+template <class T>
+void store_row(const Wide<T>* from, int64_t count, T* to) {
+    for_each_vector<T>(count, [&](int64_t i, auto, auto store) { store(to + i, seqzoo::load(from + i)); });
+}
+
+}  // namespace linear_attention
