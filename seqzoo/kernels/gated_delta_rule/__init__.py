@@ -15,9 +15,13 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_decay, check_heads, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.gated_delta_rule import chunked, reference
+from seqzoo.kernels.gated_delta_rule import chunked, native, reference
 
-IMPLEMENTATIONS = {"reference": reference.gated_delta_rule, "chunked": chunked.gated_delta_rule}
+IMPLEMENTATIONS = {
+    "reference": reference.gated_delta_rule,
+    "chunked": chunked.gated_delta_rule,
+    "native": native.gated_delta_rule,
+}
 
 
 def gated_delta_rule(

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from seqzoo.kernels.backends import accumulation_dtype, share_heads
 from seqzoo.kernels.chunks import ChannelChunks, Chunks, UnitLowerInverse
 from seqzoo.kernels.segments import by_segments
 
+# The most tokens in a chunk. It has no more than the keys have channels: among more, keys depend on each other, and the
+# errors of the inverse grow.
 CHUNK = 32
+SHORTEST_CHUNK = 8
 
 
 def gated_delta_rule(q, k, v, log_decay, beta, state, starts):
@@ -26,7 +30,7 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, starts):
 def _segment(q, k, v, log_decay, beta, state, starts):
     dtype, time = accumulation_dtype(v), v.shape[1]
     log_decay = torch.zeros_like(beta, dtype=dtype) if log_decay is None else log_decay.to(dtype)
-    chunks = (Chunks if log_decay.ndim == 3 else ChannelChunks)(log_decay, starts, CHUNK)
+    chunks = (Chunks if log_decay.ndim == 3 else ChannelChunks)(log_decay, starts, _chunk_of(q))
     inputs = share_heads(q, v), share_heads(k, v), v, beta[..., None]
     q, k, values, beta = (rearrange(chunks.split(z.to(dtype)), "b n c h d -> b n h c d") for z in inputs)
     reads, writes, keeps = chunks.decay_from_start(), chunks.decay_to_end(), chunks.decay_over()
@@ -50,3 +54,8 @@ def _segment(q, k, v, log_decay, beta, state, starts):
         memory = keep * memory + write @ new
     o = (q * reads) @ torch.stack(entering, 1) + scores @ torch.stack(corrected, 1)
     return rearrange(o, "b n h c d -> b (n c) h d")[:, :time].to(v.dtype), memory
+
+
+def _chunk_of(q: Tensor) -> int:
+    power_of_two = 1 << (q.shape[-1].bit_length() - 1)
+    return min(max(power_of_two, SHORTEST_CHUNK), CHUNK)
