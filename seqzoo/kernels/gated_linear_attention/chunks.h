@@ -25,8 +25,8 @@
 namespace linear_attention {
 
 constexpr int64_t CHUNK = 64;
-// Chunks whose entering states the backward keeps at once.
-constexpr int64_t KEPT = 16;
+// Chunks of one span, whose entering states the backward holds at once.
+constexpr int64_t CHUNKS = SPAN / CHUNK;
 
 template <class T>
 struct Block {
@@ -41,6 +41,8 @@ struct Block {
     int64_t length(int64_t chunk) const { return std::min(CHUNK, p.time - chunk * CHUNK); }
     int64_t at_key(int64_t token) const { return ((b * p.time + token) * p.groups + group) * p.key; }
     int64_t at_value(int64_t token, int64_t head) const { return ((b * p.time + token) * p.heads + head) * p.value; }
+    const W* of_row(const W* states) const { return states ? states + b * p.heads * p.key * p.value : nullptr; }
+    W* of_row(W* states) const { return states + b * p.heads * p.key * p.value; }
     Matrix<const T> queries(int64_t token) const { return {p.q + at_key(token), p.groups * p.key}; }
     Matrix<const T> keys(int64_t token) const { return {p.k + at_key(token), p.groups * p.key}; }
     Matrix<const T> rows_of_head(const T* from, int64_t token, int64_t head) const {
@@ -52,13 +54,13 @@ struct Block {
         gemm<PRECISION>(sizes, a, b, c, W(1), accumulate);
     }
 
-    // The heads' states side by side: [key, columns].
+    // The heads' states side by side, [key, columns], from those of all heads of this batch row; null is zero.
     void load_states(const W* from, W* to) const {
         for (int64_t n = 0; n < count; n++) {
             for (int64_t c = 0; c < p.key; c++) {
                 W* row = to + c * columns() + n * p.value;
                 if (from) {
-                    std::copy_n(from + ((b * p.heads + first_head + n) * p.key + c) * p.value, p.value, row);
+                    std::copy_n(from + ((first_head + n) * p.key + c) * p.value, p.value, row);
                 } else {
                     std::fill_n(row, p.value, W(0));
                 }
@@ -68,8 +70,7 @@ struct Block {
     void store_states(const W* from, W* to) const {
         for (int64_t n = 0; n < count; n++) {
             for (int64_t c = 0; c < p.key; c++) {
-                std::copy_n(from + c * columns() + n * p.value, p.value,
-                            to + ((b * p.heads + first_head + n) * p.key + c) * p.value);
+                std::copy_n(from + c * columns() + n * p.value, p.value, to + ((first_head + n) * p.key + c) * p.value);
             }
         }
     }
@@ -175,7 +176,7 @@ void multiply_elements(const W* a, const W* b, int64_t rows, W* to) {
 }
 
 template <class T>
-void forward_block(const Block<T>& block, T* o, Wide<T>* last) {
+void forward_block(const Block<T>& block, T* o, Wide<T>* last, Wide<T>* kept) {
     using W = Wide<T>;
     const Problem<T>& p = block.p;
     int64_t columns = block.columns();
@@ -183,9 +184,10 @@ void forward_block(const Block<T>& block, T* o, Wide<T>* last) {
     W *out = states + columns * p.key, *weighted = out + columns * CHUNK, *products = weighted + columns * CHUNK;
     W* scores = products + CHUNK * CHUNK;
     ChunkDecay<W> decay;
-    block.load_states(p.state, states);
+    block.load_states(block.of_row(p.state), states);
     for (int64_t chunk = 0; chunk < block.chunks(); chunk++) {
         int64_t token = chunk * CHUNK, size = block.length(chunk);
+        if (kept && chunk && chunk % CHUNKS == 0) block.store_states(states, kept + p.at_kept(block.b, token));
         block.multiply({size, size, p.key}, block.queries(token), block.keys(token).transposed(),
                        Matrix{products, CHUNK});
         block.multiply({size, columns, p.key}, block.queries(token), Matrix{states, columns}, Matrix{out, columns});
@@ -204,7 +206,7 @@ void forward_block(const Block<T>& block, T* o, Wide<T>* last) {
         }
         advance(block, chunk, states, weighted);
     }
-    block.store_states(states, last);
+    block.store_states(states, block.of_row(last));
 }
 
 // sum_{i >= t, j < t} W_ij for each t, W lower triangular with rows of CHUNK numbers: what a decay at t takes part in.
@@ -240,21 +242,20 @@ struct KeyGradients {
 };
 
 template <class T>
-void backward_block(const Block<T>& block, const T* o_grad, const Wide<T>* last_grad, const Gradients<T>& to,
-                    const KeyGradients<T>& key_gradients) {
+void backward_block(const Block<T>& block, const T* o_grad, const Wide<T>* last_grad, const Wide<T>* kept,
+                    const Gradients<T>& to, const KeyGradients<T>& key_gradients) {
     using W = Wide<T>;
     const Problem<T>& p = block.p;
     int64_t columns = block.columns(), size_of_states = columns * p.key, chunks = block.chunks();
-    int64_t spans = (chunks + KEPT - 1) / KEPT, square = CHUNK * CHUNK, keys = CHUNK * p.key;
-    W* memory = workspace<0, W>(size_of_states * (spans + std::min(chunks, KEPT) + 2) + 2 * columns * CHUNK +
-                                5 * square + 3 * keys);
+    int64_t square = CHUNK * CHUNK, keys = CHUNK * p.key;
+    W* memory =
+        workspace<0, W>(size_of_states * (std::min(chunks, CHUNKS) + 1) + 2 * columns * CHUNK + 5 * square + 3 * keys);
     auto take = [&](int64_t count) {
         W* first = memory;
         memory += count;
         return first;
     };
-    W *entering = take(size_of_states * spans), *kept = take(size_of_states * std::min(chunks, KEPT)),
-      *states = take(size_of_states), *future = take(size_of_states);
+    W *entering = take(size_of_states * std::min(chunks, CHUNKS)), *future = take(size_of_states);
     W *weighted = take(columns * CHUNK), *dv = take(columns * CHUNK);
     W *products = take(square), *between = take(square), *scores = take(square), *x = take(square),
       *summed = take(square);
@@ -262,23 +263,18 @@ void backward_block(const Block<T>& block, const T* o_grad, const Wide<T>* last_
     alignas(64) W change[CHUNK], reads[CHUNK], writes[CHUNK];
     ChunkDecay<W> decay;
 
-    block.load_states(p.state, states);
-    for (int64_t chunk = 0; chunk <= (spans - 1) * KEPT; chunk++) {
-        if (chunk % KEPT == 0) std::copy_n(states, size_of_states, entering + chunk / KEPT * size_of_states);
-        if (chunk < (spans - 1) * KEPT) advance(block, chunk, states, weighted);
-    }
-    block.load_states(last_grad, future);
-    for (int64_t span = spans - 1; span >= 0; span--) {
-        int64_t begin = span * KEPT, end = std::min(begin + KEPT, chunks);
-        std::copy_n(entering + span * size_of_states, size_of_states, kept);
+    block.load_states(block.of_row(last_grad), future);
+    for (int64_t begin = (chunks - 1) / CHUNKS * CHUNKS; begin >= 0; begin -= CHUNKS) {
+        int64_t end = std::min(begin + CHUNKS, chunks);
+        block.load_states(begin ? kept + p.at_kept(block.b, begin * CHUNK) : block.of_row(p.state), entering);
         for (int64_t chunk = begin; chunk + 1 < end; chunk++) {
-            W* next = kept + (chunk + 1 - begin) * size_of_states;
+            W* next = entering + (chunk + 1 - begin) * size_of_states;
             std::copy_n(next - size_of_states, size_of_states, next);
             advance(block, chunk, next, weighted);
         }
         for (int64_t chunk = end - 1; chunk >= begin; chunk--) {
             int64_t token = chunk * CHUNK, size = block.length(chunk);
-            W* past = kept + (chunk - begin) * size_of_states;
+            W* past = entering + (chunk - begin) * size_of_states;
             block.multiply({size, size, p.key}, block.queries(token), block.keys(token).transposed(),
                            Matrix{products, CHUNK});
             block.multiply({size, columns, p.key}, block.keys(token), Matrix{future, columns}, Matrix{dv, columns});
@@ -310,15 +306,14 @@ void backward_block(const Block<T>& block, const T* o_grad, const Wide<T>* last_
                                Matrix{part, p.key});
                 for (int64_t i = 0; i < size; i++) {
                     W factor = decay.from_start[i];
-                    reads[i] = factor * add_row(part + i * p.key, p.key, factor, dq + i * p.key,
-                                                p.q + block.at_key(token + i));
+                    reads[i] = factor *
+                               add_row(part + i * p.key, p.key, factor, dq + i * p.key, p.q + block.at_key(token + i));
                 }
-                block.multiply({size, p.key, p.value}, v, Matrix{my_future, columns}.transposed(),
-                               Matrix{part, p.key});
+                block.multiply({size, p.key, p.value}, v, Matrix{my_future, columns}.transposed(), Matrix{part, p.key});
                 for (int64_t i = 0; i < size; i++) {
                     W factor = decay.to_end[i];
-                    writes[i] = factor * add_row(part + i * p.key, p.key, factor, dk + i * p.key,
-                                                 p.k + block.at_key(token + i));
+                    writes[i] = factor *
+                                add_row(part + i * p.key, p.key, factor, dk + i * p.key, p.k + block.at_key(token + i));
                 }
 
                 Vec<W> whole{};
@@ -363,7 +358,7 @@ void backward_block(const Block<T>& block, const T* o_grad, const Wide<T>* last_
                            Matrix{future, columns}, true);
         }
     }
-    block.store_states(future, to.state);
+    block.store_states(future, block.of_row(to.state));
 }
 
 // Call body(block, index of the block in its group) for every one of `blocks` blocks of each group's heads.
@@ -378,14 +373,14 @@ void for_each_block(int64_t threads, const Problem<T>& p, int64_t blocks, Body b
 }
 
 template <class T>
-void chunks_forward(int64_t threads, const Problem<T>& p, int64_t blocks, T* o, Wide<T>* last) {
-    for_each_block(threads, p, blocks, [&](const Block<T>& block, int64_t) { forward_block(block, o, last); });
+void chunks_forward(int64_t threads, const Problem<T>& p, int64_t blocks, T* o, Wide<T>* last, Wide<T>* kept) {
+    for_each_block(threads, p, blocks, [&](const Block<T>& block, int64_t) { forward_block(block, o, last, kept); });
 }
 
 // With more than one block, `parts` holds what each of them sums: [2, blocks, batch, time, group, key].
 template <class T>
 void chunks_backward(int64_t threads, const Problem<T>& p, int64_t blocks, const T* o_grad, const Wide<T>* last_grad,
-                     const Gradients<T>& to, Wide<T>* parts) {
+                     const Wide<T>* kept, const Gradients<T>& to, Wide<T>* parts) {
     using W = Wide<T>;
     int64_t size = p.batch * p.time * p.groups * p.key;
     for_each_block(threads, p, blocks, [&](const Block<T>& block, int64_t part) {
@@ -394,7 +389,7 @@ void chunks_backward(int64_t threads, const Problem<T>& p, int64_t blocks, const
             gradients.q_part = parts + part * size;
             gradients.k_part = parts + (blocks + part) * size;
         }
-        backward_block(block, o_grad, last_grad, to, gradients);
+        backward_block(block, o_grad, last_grad, kept, to, gradients);
     });
     if (!parts) return;
     constexpr int64_t PIECE = 1 << 14;
@@ -403,9 +398,8 @@ void chunks_backward(int64_t threads, const Problem<T>& p, int64_t blocks, const
         W* sums = parts + index % 2 * blocks * size + begin;
         for (int64_t part = 1; part < blocks; part++) {
             const W* more = sums + part * size;
-            for_each_vector<W>(count, [&](int64_t i, auto load, auto store) {
-                store(sums + i, load(sums + i) + load(more + i));
-            });
+            for_each_vector<W>(
+                count, [&](int64_t i, auto load, auto store) { store(sums + i, load(sums + i) + load(more + i)); });
         }
         store_row(sums, count, (index % 2 ? to.k : to.q) + begin);
     });

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.backends import accumulation_dtype
-from seqzoo.kernels.native.tensors import DTYPES, Function, dense
+from seqzoo.kernels.native.tensors import DTYPES, Function, dense, fresh
 from seqzoo.kernels.torch_operators import define, differentiable
 
 # Up to so many tokens a matrix product gains nothing, and states of so many numbers stay in a core's cache.
 SHORT, BLOCK = 16, 1 << 17
+# Steps between states that the forward keeps for the backward, as in problem.h.
+SPAN = 1024
 
 _FORWARD = Function("gated_linear_attention_forward")
 _BACKWARD = Function("gated_linear_attention_backward")
@@ -21,7 +23,9 @@ def gated_linear_attention(q, k, v, log_decay, bonus, state, starts):
     if dtype == torch.float16:
         q, k, v = q.float(), k.float(), v.float()
     log_decay, bonus, state = (None if x is None else x.to(wide) for x in (log_decay, bonus, state))
-    o, last = FORWARD(q, k, v, log_decay, bonus, state, starts)
+    inputs = q, k, v, log_decay, bonus, state
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, last, _ = FORWARD(*inputs, starts, keep)
     return o.to(dtype), last
 
 
@@ -38,22 +42,27 @@ def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
     return *q.shape[:3], *v.shape[2:3], *q.shape[3:], *v.shape[3:]
 
 
-def _run(q, k, v, log_decay, bonus, state, starts):
-    o, last = _fake(q, k, v, log_decay, bonus, state, starts)
+def _run(q, k, v, log_decay, bonus, state, starts, keep):
+    o, last, kept = _fake(q, k, v, log_decay, bonus, state, starts, keep)
     per_channel = log_decay is not None and log_decay.ndim == 4
     q, k, v, log_decay, bonus, state, starts = dense(q, k, v, log_decay, bonus, state, starts)
     blocks = 0 if per_channel or bonus is not None or v.shape[1] <= SHORT else _blocks(q, v)
     inputs = q, k, v, log_decay, per_channel, bonus, state, starts
-    _FORWARD(DTYPES[v.dtype], torch.get_num_threads(), blocks, *_sizes(q, v), *inputs, o, last)
-    return o, last
+    fresh(o, last, kept)
+    _FORWARD(DTYPES[v.dtype], torch.get_num_threads(), blocks, *_sizes(q, v), *inputs, o, last, kept if keep else None)
+    return o, last, kept
 
 
-def _fake(q, k, v, log_decay, bonus, state, starts):
-    last = v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=accumulation_dtype(v))
-    return v.new_empty(v.shape), last
+def _fake(q, k, v, log_decay, bonus, state, starts, keep):
+    batch, time, _, heads, key, value = _sizes(q, v)
+    # A bonus takes one step more than there are tokens.
+    spans = (time + (bonus is not None) - 1) // SPAN if keep else 0
+    wide = accumulation_dtype(v)
+    last = v.new_empty(batch, heads, key, value, dtype=wide)
+    return v.new_empty(v.shape), last, v.new_empty(batch, spans, heads, key, value, dtype=wide)
 
 
-def _run_backward(o_grad, last_grad, q, k, v, log_decay, bonus, state, starts):
+def _run_backward(o_grad, last_grad, kept, q, k, v, log_decay, bonus, state, starts):
     per_channel = log_decay is not None and log_decay.ndim == 4
     o_grad, last_grad, q, k, v, log_decay, bonus, state, starts = dense(
         o_grad, last_grad, q, k, v, log_decay, bonus, state, starts
@@ -66,9 +75,10 @@ def _run_backward(o_grad, last_grad, q, k, v, log_decay, bonus, state, starts):
     by_channel = () if blocks else (key,)
     decay_grad = None if log_decay is None else v.new_empty(*v.shape[:3], *by_channel, dtype=wide)
     bonus_grad = None if bonus is None else v.new_zeros(batch, heads, key, dtype=wide)
-    state_grad = last_grad.new_empty(last_grad.shape)
-    inputs = q, k, v, log_decay, per_channel, bonus, state, starts, o_grad, last_grad
+    state_grad = kept.new_empty(batch, *kept.shape[2:])
+    inputs = q, k, v, log_decay, per_channel, bonus, state, starts, o_grad, last_grad, kept
     gradients = q_grad, k_grad, v_grad, decay_grad, bonus_grad, state_grad, parts
+    fresh(*gradients)
     _BACKWARD(DTYPES[v.dtype], torch.get_num_threads(), blocks, *sizes, *inputs, *gradients)
     if decay_grad is None:
         decay_grad = v.new_empty(0)
@@ -78,25 +88,32 @@ def _run_backward(o_grad, last_grad, q, k, v, log_decay, bonus, state, starts):
     return q_grad, k_grad, v_grad, decay_grad, bonus_grad, state_grad
 
 
-def _fake_backward(o_grad, last_grad, q, k, v, log_decay, bonus, state, starts):
-    like = q, k, v, log_decay, bonus, last_grad
+def _fake_backward(o_grad, last_grad, kept, q, k, v, log_decay, bonus, state, starts):
+    like = q, k, v, log_decay, bonus, kept.new_empty(len(kept), *kept.shape[2:])
     return tuple(v.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
 
 
 def _save(ctx, inputs, outputs):
-    ctx.save_for_backward(*inputs)
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, outputs[2])
+    ctx.mark_non_differentiable(outputs[2])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, o_grad, last_grad):
-    *inputs, starts = ctx.saved_tensors
-    gradients = BACKWARD(o_grad, last_grad, *inputs, starts)
-    return *(None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)), None
+def _backward(ctx, o_grad, last_grad, _):
+    *inputs, starts, kept = ctx.saved_tensors
+    if o_grad is None:
+        o_grad = torch.zeros_like(inputs[2])
+    gradients = BACKWARD(o_grad, last_grad, kept, *inputs, starts)
+    return *(None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)), None, None
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? bonus, Tensor? state, Tensor? starts"
-FORWARD = define(f"gated_linear_attention_native({_INPUTS}) -> (Tensor, Tensor)", _run, _fake, device="CPU")
+FORWARD = define(
+    f"gated_linear_attention_native({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", _run, _fake, device="CPU"
+)
 BACKWARD = define(
-    f"gated_linear_attention_native_backward(Tensor o_grad, Tensor last_grad, {_INPUTS}) "
+    f"gated_linear_attention_native_backward(Tensor o_grad, Tensor? last_grad, Tensor kept, {_INPUTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,

@@ -11,6 +11,9 @@ namespace linear_attention {
 
 using namespace seqzoo;
 
+// Steps between two states that the forward keeps for the backward.
+constexpr int64_t SPAN = 1024;
+
 // Contiguous inputs; log_decay is [batch, time, head], or with per_channel [batch, time, head, key]; null is none.
 template <class T>
 struct Problem {
@@ -28,6 +31,11 @@ struct Problem {
     bool begins(int64_t b, int64_t step) const {
         int64_t token = step - shift();
         return starts && token >= 0 && token < time && starts[b * time + token];
+    }
+    // Where the states of a batch row stand that enter `step`, a multiple of SPAN above 0: [batch, span, head, key,
+    // value].
+    int64_t at_kept(int64_t b, int64_t step) const {
+        return (b * ((steps() - 1) / SPAN) + step / SPAN - 1) * heads * key * value;
     }
     bool reads(int64_t b, int64_t step) const { return step < time && !(bonus && starts && starts[b * time + step]); }
 };
@@ -57,6 +65,13 @@ void load_row(const T* from, int64_t count, Wide<T>* to, int64_t stride) {
 template <class T>
 void store_row(const Wide<T>* from, int64_t count, T* to) {
     for_each_vector<T>(count, [&](int64_t i, auto, auto store) { store(to + i, seqzoo::load(from + i)); });
+}
+
+template <class W>
+W dot(const W* a, const W* b, int64_t padded_count) {
+    Vec<W> total{};
+    for (int64_t i = 0; i < padded_count; i += LANES<W>) total = fma(load(a + i), load(b + i), total);
+    return sum(total);
 }
 
 }  // namespace linear_attention

@@ -22,36 +22,52 @@ namespace linear_attention {
 using namespace seqzoo;
 
 // How many vectors of columns one tile has: its outputs of two steps stay in registers.
-constexpr int COLUMNS = VECTOR_REGISTERS == 32 ? 4 : 2;
-template <class W>
-constexpr int64_t TILE = COLUMNS * LANES<W>;
-// Steps of one stretch, whose operands are loaded at once, and steps between two states that the backward keeps.
-constexpr int64_t STRETCH = 256, ANCHOR = 16;
+constexpr int TILE = VECTOR_REGISTERS == 32 ? 4 : 2;
+// Steps whose operands are loaded at once, and steps between two states that the backward multiplies with gradients.
+constexpr int64_t STRETCH = 64, ANCHOR = 16;
 
 enum class Decay { none, rows, columns };
 enum class Read { never, before_writing, after_writing };
 
-// Rows of one operand, widened and padded with zeros to whole tiles: [step][stride].
+template <class W>
+int64_t padded(int64_t size) {
+    return (size + LANES<W> - 1) / LANES<W> * LANES<W>;
+}
+
+// One row a step, padded with zeros to whole vectors.
 template <class W>
 struct Rows {
     W* data;
     int64_t stride;
     W* operator[](int64_t step) const { return data + step * stride; }
+    Rows from(int64_t column) const { return {data + column, stride}; }
 };
 
+// The same of every head of a block, with room for one step more than a stretch has.
 template <class W>
-int64_t padded(int64_t size) {
-    return (size + TILE<W> - 1) / TILE<W> * TILE<W>;
-}
+struct Operand {
+    W* data;
+    int64_t stride;
+    Rows<W> operator[](int64_t head) const { return {data + head * (STRETCH + 1) * stride, stride}; }
+};
 
-template <class W>
-W dot(const W* a, const W* b, int64_t padded_count) {
-    Vec<W> total{};
-    for (int64_t i = 0; i < padded_count; i += LANES<W>) total = fma(load(a + i), load(b + i), total);
-    return sum(total);
-}
+// The tiles of `size` columns that the part `part` of `parts` takes; one that begins at `column` has its state, a row
+// of `vectors` vectors after the other, from column * rows on.
+struct Tiles {
+    int64_t part, parts;
 
-// Step by step along one stretch: a tile of the state of `rows` rows, each COLUMNS vectors wide, reads and writes.
+    // body(column, numbers that are not padding, vectors)
+    template <class W, class Body>
+    void each(int64_t size, Body body) const {
+        constexpr int64_t WIDTH = TILE * LANES<W>;
+        for (int64_t column = part * WIDTH; column < size; column += parts * WIDTH) {
+            int64_t width = std::min(WIDTH, size - column);
+            body(column, width, int(padded<W>(width) / LANES<W>));
+        }
+    }
+};
+
+// Step by step along one stretch: how one tile of a state reads and writes.
 template <class W>
 struct Walk {
     W* state;
@@ -59,10 +75,10 @@ struct Walk {
     Rows<W> decay, write_row, write_column, read, out;
 };
 
-template <int STEPS, Decay DECAY, Read READ, class W>
+template <int STEPS, int VECTORS, Decay DECAY, Read READ, class W>
 SEQZOO_INLINE void walk_block(const Walk<W>& walk, int64_t first, int64_t direction) {
     using V = Vec<W>;
-    V out[STEPS][COLUMNS], column[STEPS][COLUMNS];
+    V out[STEPS][VECTORS], column[STEPS][VECTORS];
     const W *decay[STEPS], *write[STEPS], *read[STEPS];
     SEQZOO_UNROLL
     for (int t = 0; t < STEPS; t++) {
@@ -71,23 +87,23 @@ SEQZOO_INLINE void walk_block(const Walk<W>& walk, int64_t first, int64_t direct
         write[t] = walk.write_row[step];
         read[t] = READ == Read::never ? nullptr : walk.read[step];
         SEQZOO_UNROLL
-        for (int j = 0; j < COLUMNS; j++) {
+        for (int j = 0; j < VECTORS; j++) {
             out[t][j] = V{};
             column[t][j] = load(walk.write_column[step] + j * LANES<W>);
         }
     }
     W* state = walk.state;
-    for (int64_t row = 0; row < walk.rows; row++, state += TILE<W>) {
-        V s[COLUMNS];
+    for (int64_t row = 0; row < walk.rows; row++, state += VECTORS * LANES<W>) {
+        V s[VECTORS];
         SEQZOO_UNROLL
-        for (int j = 0; j < COLUMNS; j++) s[j] = load(state + j * LANES<W>);
+        for (int j = 0; j < VECTORS; j++) s[j] = load(state + j * LANES<W>);
         SEQZOO_UNROLL
         for (int t = 0; t < STEPS; t++) {
             V written = broadcast<V>(write[t][row]);
             V reading = READ == Read::never ? V{} : broadcast<V>(read[t][row]);
             V kept = DECAY == Decay::rows ? broadcast<V>(decay[t][row]) : V{};
             SEQZOO_UNROLL
-            for (int j = 0; j < COLUMNS; j++) {
+            for (int j = 0; j < VECTORS; j++) {
                 if constexpr (DECAY == Decay::rows) s[j] *= kept;
                 if constexpr (DECAY == Decay::columns) s[j] *= load(decay[t] + j * LANES<W>);
                 if constexpr (READ == Read::before_writing) out[t][j] = fma(reading, s[j], out[t][j]);
@@ -96,430 +112,486 @@ SEQZOO_INLINE void walk_block(const Walk<W>& walk, int64_t first, int64_t direct
             }
         }
         SEQZOO_UNROLL
-        for (int j = 0; j < COLUMNS; j++) store(state + j * LANES<W>, s[j]);
+        for (int j = 0; j < VECTORS; j++) store(state + j * LANES<W>, s[j]);
     }
     if constexpr (READ != Read::never) {
         SEQZOO_UNROLL
         for (int t = 0; t < STEPS; t++) {
             SEQZOO_UNROLL
-            for (int j = 0; j < COLUMNS; j++) store(walk.out[first + t * direction] + j * LANES<W>, out[t][j]);
+            for (int j = 0; j < VECTORS; j++) store(walk.out[first + t * direction] + j * LANES<W>, out[t][j]);
         }
     }
 }
 
-template <class W>
-void forget(const Walk<W>& walk) {
-    std::fill_n(walk.state, walk.rows * TILE<W>, W(0));
-}
-
-// Steps from, from + 1, ..., to - 1. A step that begins a document forgets the state first.
-template <Decay DECAY, Read READ, class W>
-__attribute__((noinline)) void walk_forwards(const Walk<W>& walk, const bool* begins, int64_t from, int64_t to) {
+// Steps from, from + 1, ..., to - 1; a step that begins a document forgets the state first. Or, backwards, steps
+// to - 1, to - 2, ..., from; a step that begins a document forgets the gradient after it.
+template <int VECTORS, Decay DECAY, Read READ, class W>
+__attribute__((noinline)) void walk_tile(const Walk<W>& walk, const bool* begins, int64_t from, int64_t to,
+                                         bool backwards) {
+    auto forget = [&] { std::fill_n(walk.state, walk.rows * VECTORS * LANES<W>, W(0)); };
     while (from < to) {
-        if (begins[from]) forget(walk);
-        if (from + 1 < to && !begins[from + 1]) {
-            walk_block<2, DECAY, READ>(walk, from, 1);
-            from += 2;
+        if (!backwards) {
+            if (begins[from]) forget();
+            if (from + 1 < to && !begins[from + 1]) {
+                walk_block<2, VECTORS, DECAY, READ>(walk, from, 1);
+                from += 2;
+            } else {
+                walk_block<1, VECTORS, DECAY, READ>(walk, from, 1);
+                from += 1;
+            }
         } else {
-            walk_block<1, DECAY, READ>(walk, from, 1);
-            from += 1;
+            if (to - 1 > from && !begins[to - 1]) {
+                walk_block<2, VECTORS, DECAY, READ>(walk, to - 1, -1);
+                to -= 2;
+            } else {
+                walk_block<1, VECTORS, DECAY, READ>(walk, to - 1, -1);
+                to -= 1;
+            }
+            if (begins[to]) forget();
         }
     }
 }
 
-// Steps to - 1, to - 2, ..., from. A step that begins a document forgets the gradient after it.
 template <Decay DECAY, Read READ, class W>
-__attribute__((noinline)) void walk_backwards(const Walk<W>& walk, const bool* begins, int64_t from, int64_t to) {
-    while (from < to) {
-        int count = to - 1 > from && !begins[to - 1] ? 2 : 1;
-        if (count == 2) {
-            walk_block<2, DECAY, READ>(walk, to - 1, -1);
-        } else {
-            walk_block<1, DECAY, READ>(walk, to - 1, -1);
-        }
-        to -= count;
-        if (begins[to]) forget(walk);
+void walk_along(const Walk<W>& walk, int vectors, const bool* begins, int64_t from, int64_t to,
+                bool backwards = false) {
+    if (vectors == 1) return walk_tile<1, DECAY, READ>(walk, begins, from, to, backwards);
+    if (vectors == 2) return walk_tile<2, DECAY, READ>(walk, begins, from, to, backwards);
+    if constexpr (TILE == 4) {
+        if (vectors == 3) return walk_tile<3, DECAY, READ>(walk, begins, from, to, backwards);
+        return walk_tile<4, DECAY, READ>(walk, begins, from, to, backwards);
     }
 }
 
-// Loads the operands of one stretch of steps, of which it has `count` from `first` on.
+// Some heads of one batch row, `count` of them from `first` on, and their operands of one stretch at a time. A token's
+// heads lie beside each other in memory, so they are loaded and stored together.
 template <class T>
-struct Stretch {
+struct Heads {
     using W = Wide<T>;
     const Problem<T>& p;
-    int64_t b, h, first, count;
+    int64_t b, first, count;
+    Tiles tiles;
 
-    int64_t group() const { return h / (p.heads / p.groups); }
+    int64_t at_key(int64_t token, int64_t n) const {
+        int64_t group = (first + n) / (p.heads / p.groups);
+        return ((b * p.time + token) * p.groups + group) * p.key;
+    }
+    int64_t at_value(int64_t token, int64_t n) const { return ((b * p.time + token) * p.heads + first + n) * p.value; }
 
-    // Keys and values that the steps write; queries and gradients of outputs that they read with. `width` numbers from
-    // `channel` on.
-    void keys(const Rows<W>& to, int64_t channel, int64_t width) const {
-        fill(to, true, [&](int64_t token, W* row) { load_row(p.k + at_key(token) + channel, width, row, to.stride); });
+    // Keys and values are written, queries and gradients of outputs are read with.
+    void load_keys(const T* from, bool written, int64_t step, int64_t steps, const Operand<W>& to) const {
+        load(written, step, steps, to,
+             [&](int64_t token, int64_t n, W* row) { load_row(from + at_key(token, n), p.key, row, to.stride); });
     }
-    void values(const Rows<W>& to, int64_t channel, int64_t width) const {
-        fill(to, true, [&](int64_t token, W* row) { load_row(p.v + at_value(token) + channel, width, row, to.stride); });
+    void load_values(const T* from, bool written, int64_t step, int64_t steps, const Operand<W>& to) const {
+        load(written, step, steps, to,
+             [&](int64_t token, int64_t n, W* row) { load_row(from + at_value(token, n), p.value, row, to.stride); });
     }
-    void queries(const Rows<W>& to, int64_t channel, int64_t width) const {
-        fill(to, false, [&](int64_t token, W* row) { load_row(p.q + at_key(token) + channel, width, row, to.stride); });
-    }
-    void gradients(const T* from, const Rows<W>& to, int64_t channel, int64_t width) const {
-        fill(to, false, [&](int64_t token, W* row) { load_row(from + at_value(token) + channel, width, row, to.stride); });
-    }
-
-    int64_t at_key(int64_t token) const { return ((b * p.time + token) * p.groups + group()) * p.key; }
-    int64_t at_value(int64_t token) const { return ((b * p.time + token) * p.heads + h) * p.value; }
-
-    // e^g of each step, or of the step after each.
-    void decays(const Rows<W>& to, int64_t channel, int64_t width, int64_t later) const {
-        for (int64_t i = 0; i < count; i++) {
-            int64_t token = first + i + later - p.shift();
-            W* row = to[i];
-            if (token < 0 || token >= p.time || !p.log_decay) {
-                std::fill_n(row, to.stride, W(1));
-            } else if (!p.per_channel) {
-                W a = exp(broadcast<Vec<W>>(p.log_decay[(b * p.time + token) * p.heads + h]))[0];
-                std::fill_n(row, to.stride, a);
-            } else {
-                const W* g = p.log_decay + ((b * p.time + token) * p.heads + h) * p.key + channel;
-                load_row(g, width, row, to.stride);
-                for (int64_t c = 0; c < to.stride; c += LANES<W>) store(row + c, exp(load(row + c)));
+    // e^g of each step, and of the one after the last.
+    void load_decays(int64_t step, int64_t steps, const Operand<W>& to) const {
+        for (int64_t i = 0; i <= steps; i++) {
+            int64_t token = step + i - p.shift();
+            for (int64_t n = 0; n < count; n++) {
+                W* row = to[n][i];
+                int64_t at = (b * p.time + token) * p.heads + first + n;
+                if (token < 0 || token >= p.time || !p.log_decay) {
+                    std::fill_n(row, to.stride, W(1));
+                } else if (!p.per_channel) {
+                    std::fill_n(row, to.stride, exp(broadcast<Vec<W>>(p.log_decay[at]))[0]);
+                } else {
+                    load_row(p.log_decay + at * p.key, p.key, row, to.stride);
+                    for (int64_t c = 0; c < to.stride; c += LANES<W>) store(row + c, exp(seqzoo::load(row + c)));
+                }
             }
         }
     }
-
-    void begins(bool* to) const {
-        for (int64_t i = 0; i < count; i++) to[i] = p.begins(b, first + i);
+    void load_begins(int64_t step, int64_t steps, bool* to) const {
+        for (int64_t i = 0; i < steps; i++) to[i] = p.begins(b, step + i);
     }
 
-    // What the bonus adds to a token's own pair: q . (u k), and the product of its value and its output's gradient.
-    W own_weight(int64_t token) const {
-        const T *q = p.q + at_key(token), *k = p.k + at_key(token);
-        const W* u = p.bonus + h * p.key;
+    // What the bonus adds to a token's own pair: q . (u k).
+    W own_weight(int64_t token, int64_t n) const {
+        const T *q = p.q + at_key(token, n), *k = p.k + at_key(token, n);
+        const W* u = p.bonus + (first + n) * p.key;
         Vec<W> total{};
-        for_each_vector<T>(p.key, [&](int64_t c, auto load, auto) {
-            total = fma(load(q + c) * load(k + c), load(u + c), total);
-        });
+        for_each_vector<T>(
+            p.key, [&](int64_t c, auto load, auto) { total = fma(load(q + c) * load(k + c), load(u + c), total); });
         return sum(total);
     }
-    W own_gradient(const T* o_grad, int64_t token) const {
-        const T *v = p.v + at_value(token), *gradient = o_grad + at_value(token);
+    // The product of a token's value with the gradient of its output.
+    W own_gradient(const T* o_grad, int64_t token, int64_t n) const {
+        const T *v = p.v + at_value(token, n), *gradient = o_grad + at_value(token, n);
         Vec<W> total{};
-        for_each_vector<T>(p.value, [&](int64_t c, auto load, auto) { total = fma(load(v + c), load(gradient + c), total); });
+        for_each_vector<T>(p.value,
+                           [&](int64_t c, auto load, auto) { total = fma(load(v + c), load(gradient + c), total); });
         return sum(total);
     }
 
-   private:
+ private:
     template <class Load>
-    void fill(const Rows<W>& to, bool written, Load load) const {
-        for (int64_t i = 0; i < count; i++) {
-            int64_t token = first + i - (written ? p.shift() : 0);
-            if (written ? token >= 0 : p.reads(b, token)) {
-                load(token, to[i]);
-            } else {
-                std::fill_n(to[i], to.stride, W(0));
+    void load(bool written, int64_t step, int64_t steps, const Operand<W>& to, Load load) const {
+        for (int64_t i = 0; i < steps; i++) {
+            int64_t token = step + i - (written ? p.shift() : 0);
+            bool there = written ? token >= 0 : p.reads(b, token);
+            for (int64_t n = 0; n < count; n++) {
+                if (there) {
+                    load(token, n, to[n][i]);
+                } else {
+                    std::fill_n(to[n][i], to.stride, W(0));
+                }
             }
         }
     }
 };
 
-// A tile of a state [rows, columns] with `width` columns from `column` on; null is zero.
+// One tile of a state [rows, columns]; null is zero.
 template <class W>
-void load_state(const W* from, int64_t rows, int64_t columns, int64_t column, int64_t width, W* tile) {
-    if (!from) return void(std::fill_n(tile, rows * TILE<W>, W(0)));
-    for (int64_t r = 0; r < rows; r++) load_row(from + r * columns + column, width, tile + r * TILE<W>, TILE<W>);
+void load_tile(const W* from, int64_t rows, int64_t columns, int64_t column, int64_t width, W* to) {
+    int64_t stride = padded<W>(width);
+    if (!from) return void(std::fill_n(to, rows * stride, W(0)));
+    for (int64_t r = 0; r < rows; r++) load_row(from + r * columns + column, width, to + r * stride, stride);
 }
 
 template <class W>
-void store_state(const W* tile, int64_t rows, int64_t columns, int64_t column, int64_t width, W* to) {
-    for (int64_t r = 0; r < rows; r++) store_row(tile + r * TILE<W>, width, to + r * columns + column);
+void store_tile(const W* from, int64_t rows, int64_t columns, int64_t column, int64_t width, W* to) {
+    for (int64_t r = 0; r < rows; r++) store_row(from + r * padded<W>(width), width, to + r * columns + column);
 }
 
-// The same of the transpose of a state [columns, rows].
+// One tile of the transpose of a state [columns, rows].
 template <class W>
-void load_transposed(const W* from, int64_t rows, int64_t column, int64_t width, W* tile) {
-    std::fill_n(tile, rows * TILE<W>, W(0));
+void load_transposed(const W* from, int64_t rows, int64_t column, int64_t width, W* to) {
+    int64_t stride = padded<W>(width);
+    std::fill_n(to, rows * stride, W(0));
     if (!from) return;
     for (int64_t c = 0; c < width; c++) {
-        for (int64_t r = 0; r < rows; r++) tile[r * TILE<W> + c] = from[(column + c) * rows + r];
+        for (int64_t r = 0; r < rows; r++) to[r * stride + c] = from[(column + c) * rows + r];
     }
 }
 
 template <class W>
-void store_transposed(const W* tile, int64_t rows, int64_t column, int64_t width, W* to) {
+void store_transposed(const W* from, int64_t rows, int64_t column, int64_t width, W* to) {
     for (int64_t c = 0; c < width; c++) {
-        for (int64_t r = 0; r < rows; r++) to[(column + c) * rows + r] = tile[r * TILE<W> + c];
+        for (int64_t r = 0; r < rows; r++) to[(column + c) * rows + r] = from[r * padded<W>(width) + c];
     }
 }
 
+// Memory handed out piece by piece.
+template <class W>
+struct Arena {
+    W* next;
+
+    W* take(int64_t count) {
+        W* first = next;
+        next += count;
+        return first;
+    }
+    Operand<W> operand(int64_t heads, int64_t stride) { return {take(heads * (STRETCH + 1) * stride), stride}; }
+};
+
 template <class T>
-void forward_tile(const Problem<T>& p, int64_t b, int64_t h, int64_t column, T* o, Wide<T>* last) {
+void forward_heads(const Heads<T>& heads, T* o, Wide<T>* last, Wide<T>* kept) {
     using W = Wide<T>;
-    int64_t width = std::min(TILE<W>, p.value - column), keys = padded<W>(p.key), length = std::min(STRETCH, p.steps());
-    W* memory = workspace<0, W>(length * (3 * keys + 2 * TILE<W>) + p.key * TILE<W>);
-    auto take = [&](int64_t stride) {
-        Rows<W> rows{memory, stride};
-        memory += length * stride;
-        return rows;
-    };
-    Rows<W> q = take(keys), k = take(keys), decay = take(keys), v = take(TILE<W>), out = take(TILE<W>);
-    Walk<W> walk{memory, p.key, decay, k, v, q, out};
-    int64_t at = b * p.heads + h;
-    load_state(p.state ? p.state + at * p.key * p.value : nullptr, p.key, p.value, column, width, walk.state);
+    const Problem<T>& p = heads.p;
+    int64_t count = heads.count, keys = padded<W>(p.key), values = padded<W>(p.value), size = p.key * values;
+    Arena<W> arena{workspace<0, W>(count * ((STRETCH + 1) * (3 * keys + 2 * values) + size))};
+    Operand<W> q = arena.operand(count, keys), k = arena.operand(count, keys), decay = arena.operand(count, keys),
+               v = arena.operand(count, values), out = arena.operand(count, values);
+    W* states = arena.take(count * size);
     bool begins[STRETCH];
+    auto each_tile = [&](auto body) {
+        for (int64_t n = 0; n < count; n++) {
+            heads.tiles.template each<W>(p.value, [&](int64_t column, int64_t width, int vectors) {
+                body(n, column, width, vectors, states + n * size + column * p.key);
+            });
+        }
+    };
+    auto store_states = [&](W* to) {
+        each_tile([&](int64_t n, int64_t column, int64_t width, int, W* state) {
+            store_tile(state, p.key, p.value, column, width, to + (heads.first + n) * p.key * p.value);
+        });
+    };
+    each_tile([&](int64_t n, int64_t column, int64_t width, int, W* state) {
+        const W* from = p.state ? p.state + (heads.b * p.heads + heads.first + n) * p.key * p.value : nullptr;
+        load_tile(from, p.key, p.value, column, width, state);
+    });
     for (int64_t first = 0; first < p.steps(); first += STRETCH) {
-        Stretch<T> stretch{p, b, h, first, std::min(STRETCH, p.steps() - first)};
-        stretch.queries(q, 0, p.key);
-        stretch.keys(k, 0, p.key);
-        stretch.values(v, column, width);
-        stretch.begins(begins);
-        if (p.log_decay) {
-            stretch.decays(decay, 0, p.key, 0);
-            walk_forwards<Decay::rows, Read::after_writing>(walk, begins, 0, stretch.count);
-        } else {
-            walk_forwards<Decay::none, Read::after_writing>(walk, begins, 0, stretch.count);
-        }
-        for (int64_t i = 0; i < stretch.count && first + i < p.time; i++) {
-            int64_t place = ((b * p.time + first + i) * p.heads + h) * p.value + column;
-            if (p.bonus) {
-                Vec<W> own = broadcast<Vec<W>>(stretch.own_weight(first + i));
-                for_each_vector<T>(width, [&](int64_t c, auto load, auto) {
-                    store(out[i] + c, fma(own, load(p.v + place + c), seqzoo::load(out[i] + c)));
-                });
+        int64_t steps = std::min(STRETCH, p.steps() - first);
+        if (kept && first && first % SPAN == 0) store_states(kept + p.at_kept(heads.b, first));
+        heads.load_keys(p.q, false, first, steps, q);
+        heads.load_keys(p.k, true, first, steps, k);
+        heads.load_values(p.v, true, first, steps, v);
+        if (p.log_decay) heads.load_decays(first, steps, decay);
+        heads.load_begins(first, steps, begins);
+        each_tile([&](int64_t n, int64_t column, int64_t, int vectors, W* state) {
+            Walk<W> walk{state, p.key, decay[n], k[n], v[n].from(column), q[n], out[n].from(column)};
+            if (p.log_decay) {
+                walk_along<Decay::rows, Read::after_writing>(walk, vectors, begins, 0, steps);
+            } else {
+                walk_along<Decay::none, Read::after_writing>(walk, vectors, begins, 0, steps);
             }
-            store_row(out[i], width, o + place);
+        });
+        for (int64_t i = 0; i < steps && first + i < p.time; i++) {
+            each_tile([&](int64_t n, int64_t column, int64_t width, int, W*) {
+                int64_t place = heads.at_value(first + i, n) + column;
+                W* row = out[n][i] + column;
+                if (p.bonus) {
+                    Vec<W> own = broadcast<Vec<W>>(heads.own_weight(first + i, n));
+                    for_each_vector<T>(width, [&](int64_t c, auto load, auto) {
+                        store(row + c, fma(own, load(p.v + place + c), seqzoo::load(row + c)));
+                    });
+                }
+                store_row(row, width, o + place);
+            });
         }
     }
-    store_state(walk.state, p.key, p.value, column, width, last + at * p.key * p.value);
+    store_states(last + heads.b * p.heads * p.key * p.value);
 }
 
-template <class T>
-void values_backward(const Problem<T>& p, int64_t b, int64_t h, int64_t column, const T* o_grad,
-                     const Wide<T>* last_grad, const Gradients<T>& to) {
-    using W = Wide<T>;
-    int64_t width = std::min(TILE<W>, p.value - column), keys = padded<W>(p.key), length = std::min(STRETCH, p.steps());
-    W* memory = workspace<0, W>(length * (3 * keys + 2 * TILE<W>) + p.key * TILE<W>);
-    auto take = [&](int64_t stride) {
-        Rows<W> rows{memory, stride};
-        memory += length * stride;
-        return rows;
-    };
-    Rows<W> q = take(keys), k = take(keys), decay = take(keys), gradient = take(TILE<W>), out = take(TILE<W>);
-    Walk<W> walk{memory, p.key, decay, q, gradient, k, out};
-    load_state(last_grad + (b * p.heads + h) * p.key * p.value, p.key, p.value, column, width, walk.state);
-    bool begins[STRETCH];
-    for (int64_t first = (p.steps() - 1) / STRETCH * STRETCH; first >= 0; first -= STRETCH) {
-        Stretch<T> stretch{p, b, h, first, std::min(STRETCH, p.steps() - first)};
-        stretch.queries(q, 0, p.key);
-        stretch.keys(k, 0, p.key);
-        stretch.gradients(o_grad, gradient, column, width);
-        stretch.begins(begins);
-        if (p.log_decay) {
-            stretch.decays(decay, 0, p.key, 1);
-            walk_backwards<Decay::rows, Read::after_writing>(walk, begins, 0, stretch.count);
-        } else {
-            walk_backwards<Decay::none, Read::after_writing>(walk, begins, 0, stretch.count);
-        }
-        for (int64_t i = 0; i < stretch.count; i++) {
-            int64_t token = first + i - p.shift();
-            if (token < 0) continue;
-            int64_t place = ((b * p.time + token) * p.heads + h) * p.value + column;
-            if (p.bonus) {
-                Vec<W> own = broadcast<Vec<W>>(stretch.own_weight(token));
-                for_each_vector<T>(width, [&](int64_t c, auto load, auto) {
-                    store(out[i] + c, fma(own, load(o_grad + place + c), seqzoo::load(out[i] + c)));
-                });
-            }
-            store_row(out[i], width, to.v + place);
-        }
-    }
-}
-
-// Gradients of queries, keys, decays, bonus and first state for one tile of key channels of a group's heads.
+// All gradients of some heads, which are all heads of some groups.
 //
-// The gradient of g_t is D_t = e^{g_t} sum_v S_{t-1} dS_t. Every ANCHOR steps it is computed like this; between, from
+// The gradient of g_t is D_t = e^{g_t} sum_v S_{t-1} dS_t. At a few steps it is computed like this; between, from
 // D_t = D_{t+1} + q_t dq'_t - k_t dk'_t, where ' leaves the token's own pair out: what cancels there is small.
 template <class T>
-void keys_backward(const Problem<T>& p, int64_t b, int64_t group, int64_t column, const T* o_grad,
-                   const Wide<T>* last_grad, const Gradients<T>& to) {
+void backward_heads(const Heads<T>& heads, const T* o_grad, const Wide<T>* last_grad, const Wide<T>* kept,
+                    const Gradients<T>& to) {
     using W = Wide<T>;
     using V = Vec<W>;
-    int64_t width = std::min(TILE<W>, p.key - column), values = padded<W>(p.value), shared = p.heads / p.groups;
-    int64_t length = std::min(STRETCH, p.steps()), stretches = (p.steps() + STRETCH - 1) / STRETCH;
-    int64_t size = p.value * TILE<W>;
-    W* memory =
-        workspace<0, W>(length * (8 * TILE<W> + 2 * values) + size * (shared * (stretches + 1) + STRETCH / ANCHOR + 2) +
-                                  shared * TILE<W>);
-    auto take = [&](int64_t stride) {
-        Rows<W> rows{memory, stride};
-        memory += length * stride;
-        return rows;
-    };
-    Rows<W> q = take(TILE<W>), k = take(TILE<W>), decay = take(TILE<W>), later = take(TILE<W>), dq = take(TILE<W>),
-            dk = take(TILE<W>), q_total = take(TILE<W>), k_total = take(TILE<W>), v = take(values),
-            gradient = take(values);
-    auto take_states = [&](int64_t count) {
-        W* first = memory;
-        memory += count * size;
-        return first;
-    };
-    W *entering = take_states(shared * stretches), *future = take_states(shared),
-      *anchors = take_states(STRETCH / ANCHOR + 1), *state = take_states(1), *changes = memory;
+    const Problem<T>& p = heads.p;
+    int64_t count = heads.count, shared = p.heads / p.groups;
+    int64_t keys = padded<W>(p.key), values = padded<W>(p.value), size = p.value * keys;
+    constexpr int64_t STRETCHES = SPAN / STRETCH, ANCHORS = STRETCH / ANCHOR + 1;
+    int64_t saved = std::min(STRETCHES, (p.steps() + STRETCH - 1) / STRETCH);
+    Arena<W> arena{
+        workspace<0, W>(count * ((STRETCH + 1) * (6 * keys + 3 * values) + size * (saved + 1) + p.key * values + keys) +
+                        size * ANCHORS)};
+    Operand<W> q = arena.operand(count, keys), k = arena.operand(count, keys), decay = arena.operand(count, keys),
+               dq = arena.operand(count, keys), dk = arena.operand(count, keys), change = arena.operand(count, keys),
+               v = arena.operand(count, values), gradient = arena.operand(count, values),
+               dv = arena.operand(count, values);
+    // [stretch][head][value][key], [head][value][key], [head][key][value]
+    W *past = arena.take(saved * count * size), *future = arena.take(count * size),
+      *future_columns = arena.take(count * p.key * values);
+    // D of the first step after the stretch, [head][key]; states at the anchors of one head
+    W *changes = arena.take(count * keys), *anchors = arena.take(size * ANCHORS);
     bool begins[STRETCH];
 
-    for (int64_t n = 0; n < shared; n++) {
-        int64_t h = group * shared + n, at = (b * p.heads + h) * p.key * p.value;
-        load_transposed(last_grad + at, p.value, column, width, future + n * size);
-        load_transposed(p.state ? p.state + at : nullptr, p.value, column, width, state);
-        for (int64_t i = 0; i < stretches; i++) {
-            std::copy_n(state, size, entering + (n * stretches + i) * size);
-            if (i + 1 == stretches) break;
-            Stretch<T> stretch{p, b, h, i * STRETCH, STRETCH};
-            stretch.keys(k, column, width);
-            stretch.values(v, 0, p.value);
-            stretch.decays(decay, column, width, 0);
-            stretch.begins(begins);
-            walk_forwards<Decay::columns, Read::never>(Walk<W>{state, p.value, decay, v, k, v, dq}, begins, 0, STRETCH);
-        }
+    for (int64_t n = 0; n < count; n++) {
+        const W* from = last_grad ? last_grad + (heads.b * p.heads + heads.first + n) * p.key * p.value : nullptr;
+        heads.tiles.template each<W>(p.key, [&](int64_t column, int64_t width, int) {
+            load_transposed(from, p.value, column, width, future + n * size + column * p.value);
+        });
+        heads.tiles.template each<W>(p.value, [&](int64_t column, int64_t width, int) {
+            load_tile(from, p.key, p.value, column, width, future_columns + n * p.key * values + column * p.key);
+        });
     }
 
-    for (int64_t i = stretches - 1; i >= 0; i--) {
-        int64_t first = i * STRETCH, count = std::min(STRETCH, p.steps() - first);
-        // What the gradient of the last state adds has not decayed at the last step: so that step stands alone.
-        std::vector<int64_t> spans;
-        for (int64_t step = 0; step < count; step += ANCHOR) spans.push_back(step);
-        if (i + 1 == stretches && spans.back() < count - 1) spans.push_back(count - 1);
-        spans.push_back(count);
-        for (int64_t n = 0; n < shared; n++) {
-            int64_t h = group * shared + n;
-            Stretch<T> stretch{p, b, h, first, count};
-            stretch.queries(q, column, width);
-            stretch.keys(k, column, width);
-            stretch.values(v, 0, p.value);
-            stretch.gradients(o_grad, gradient, 0, p.value);
-            stretch.decays(decay, column, width, 0);
-            stretch.decays(later, column, width, 1);
-            stretch.begins(begins);
-
-            Walk<W> past{entering + (n * stretches + i) * size, p.value, decay, v, k, gradient, dq};
-            for (size_t m = 0; m + 1 < spans.size(); m++) {
-                std::copy_n(past.state, size, anchors + m * size);
-                walk_forwards<Decay::columns, Read::before_writing>(past, begins, spans[m], spans[m + 1]);
+    for (int64_t span = (p.steps() - 1) / SPAN * SPAN; span >= 0; span -= SPAN) {
+        int64_t span_end = std::min(span + SPAN, p.steps());
+        const W* entering = span ? kept + p.at_kept(heads.b, span) : p.state;
+        if (!span && entering) entering += heads.b * p.heads * p.key * p.value;
+        for (int64_t first = span; first < span_end; first += STRETCH) {
+            W* states = past + (first - span) / STRETCH * count * size;
+            if (first + STRETCH < span_end) {
+                heads.load_keys(p.k, true, first, STRETCH, k);
+                heads.load_values(p.v, true, first, STRETCH, v);
+                heads.load_decays(first, STRETCH, decay);
+                heads.load_begins(first, STRETCH, begins);
             }
-
-            Walk<W> ahead{future + n * size, p.value, later, gradient, q, v, dk};
-            W* change = changes + n * TILE<W>;
-            auto overlap = [&](const W* past_state) {
-                for (int64_t c = 0; c < TILE<W>; c += LANES<W>) {
-                    V total{};
-                    for (int64_t r = 0; r < p.value; r++) {
-                        total = fma(load(past_state + r * TILE<W> + c), load(ahead.state + r * TILE<W> + c), total);
+            for (int64_t n = 0; n < count; n++) {
+                heads.tiles.template each<W>(p.key, [&](int64_t column, int64_t width, int vectors) {
+                    W* state = states + n * size + column * p.value;
+                    if (first == span) {
+                        const W* from = entering ? entering + (heads.first + n) * p.key * p.value : nullptr;
+                        load_transposed(from, p.value, column, width, state);
                     }
-                    store(change + c, total);
-                }
-            };
-            for (size_t m = spans.size() - 1; m-- > 0;) {
-                int64_t step = spans[m], end = spans[m + 1];
-                walk_backwards<Decay::columns, Read::before_writing>(ahead, begins, step, end);
-                for (int64_t t = end - 1; t >= step; t--) {
-                    int64_t token = first + t - p.shift();
-                    if (begins[t]) {
-                        std::fill_n(change, TILE<W>, W(0));
-                    } else if (t == step) {
-                        overlap(anchors + m * size);
-                        for (int64_t c = 0; c < TILE<W>; c += LANES<W>) {
-                            store(change + c, load(change + c) * load(decay[t] + c));
-                        }
+                    if (first + STRETCH >= span_end) return;
+                    W* next = state + count * size;
+                    std::copy_n(state, p.value * vectors * LANES<W>, next);
+                    Walk<W> walk{next, p.value, decay[n].from(column), v[n], k[n].from(column), v[n], v[n]};
+                    walk_along<Decay::columns, Read::never>(walk, vectors, begins, 0, STRETCH);
+                });
+            }
+        }
+
+        for (int64_t first = (span_end - 1) / STRETCH * STRETCH; first >= span; first -= STRETCH) {
+            int64_t steps = std::min(STRETCH, p.steps() - first);
+            bool ends = first + steps == p.steps();
+            heads.load_keys(p.q, false, first, steps, q);
+            heads.load_keys(p.k, true, first, steps, k);
+            heads.load_values(p.v, true, first, steps, v);
+            heads.load_values(o_grad, false, first, steps, gradient);
+            heads.load_decays(first, steps, decay);
+            heads.load_begins(first, steps, begins);
+            // What the gradient of the last state adds has not decayed at the last step: so that step stands alone.
+            int64_t marks[ANCHORS + 1], spans = 0;
+            for (int64_t step = 0; step < steps; step += ANCHOR) marks[spans++] = step;
+            if (ends && marks[spans - 1] < steps - 1) marks[spans++] = steps - 1;
+            marks[spans] = steps;
+
+            for (int64_t n = 0; n < count; n++) {
+                Rows<W> later{decay[n][1], keys};
+                heads.tiles.template each<W>(p.value, [&](int64_t column, int64_t, int vectors) {
+                    Walk<W> walk{future_columns + n * p.key * values + column * p.key,
+                                 p.key,
+                                 later,
+                                 q[n],
+                                 gradient[n].from(column),
+                                 k[n],
+                                 dv[n].from(column)};
+                    if (p.log_decay) {
+                        walk_along<Decay::rows, Read::after_writing>(walk, vectors, begins, 0, steps, true);
                     } else {
-                        for (int64_t c = 0; c < TILE<W>; c += LANES<W>) {
-                            V difference = load(q[t] + c) * load(dq[t] + c) - load(k[t] + c) * load(dk[t] + c);
-                            store(change + c, load(change + c) + difference);
+                        walk_along<Decay::none, Read::after_writing>(walk, vectors, begins, 0, steps, true);
+                    }
+                });
+                heads.tiles.template each<W>(p.key, [&](int64_t column, int64_t, int vectors) {
+                    int64_t width = vectors * LANES<W>, tile = p.value * width;
+                    W* before = past + ((first - span) / STRETCH * count + n) * size + column * p.value;
+                    W *after = future + n * size + column * p.value, *running = changes + n * keys + column;
+                    Walk<W> reads{before,      p.value,           decay[n].from(column), v[n], k[n].from(column),
+                                  gradient[n], dq[n].from(column)};
+                    for (int64_t m = 0; m < spans; m++) {
+                        std::copy_n(before, tile, anchors + m * tile);
+                        walk_along<Decay::columns, Read::before_writing>(reads, vectors, begins, marks[m],
+                                                                         marks[m + 1]);
+                    }
+                    Walk<W> writes{after, p.value,           later.from(column), gradient[n], q[n].from(column),
+                                   v[n],  dk[n].from(column)};
+                    for (int64_t m = spans - 1; m >= 0; m--) {
+                        walk_along<Decay::columns, Read::before_writing>(writes, vectors, begins, marks[m],
+                                                                         marks[m + 1], true);
+                        if (!p.log_decay) continue;
+                        for (int64_t c = 0; c < width; c += LANES<W>) {
+                            V total = load(running + c);
+                            for (int64_t t = marks[m + 1] - 1; t > marks[m]; t--) {
+                                V read = load(q[n][t] + column + c) * load(dq[n][t] + column + c);
+                                V written = load(k[n][t] + column + c) * load(dk[n][t] + column + c);
+                                total = begins[t] ? V{} : total + (read - written);
+                                store(change[n][t] + column + c, total);
+                            }
+                            total = V{};
+                            for (int64_t r = 0; r < p.value && !begins[marks[m]]; r++) {
+                                total =
+                                    fma(load(anchors + m * tile + r * width + c), load(after + r * width + c), total);
+                            }
+                            total *= load(decay[n][marks[m]] + column + c);
+                            store(change[n][marks[m]] + column + c, total);
+                            store(running + c, total);
                         }
                     }
-                    if (token >= 0 && p.log_decay) {
-                        store_row(change, width, to.log_decay + ((b * p.time + token) * p.heads + h) * p.key + column);
-                    }
-                }
+                });
             }
 
-            for (int64_t t = 0; t < count; t++) {
-                V own = broadcast<V>(dot(v[t], gradient[t], values));
-                for (int64_t c = 0; c < TILE<W>; c += LANES<W>) {
-                    V q_part = fma(own, load(k[t] + c), load(dq[t] + c));
-                    V k_part = fma(own, load(q[t] + c), load(dk[t] + c));
-                    store(q_total[t] + c, n ? q_part + load(q_total[t] + c) : q_part);
-                    store(k_total[t] + c, n ? k_part + load(k_total[t] + c) : k_part);
-                }
-            }
-            if (!p.bonus) continue;
-            for (int64_t t = 0; t < count; t++) {
-                int64_t reader = first + t, writer = reader - 1;
-                const W* u = p.bonus + h * p.key + column;
-                W* u_grad = to.bonus + (b * p.heads + h) * p.key + column;
-                if (reader < p.time) {
-                    V own = broadcast<V>(stretch.own_gradient(o_grad, reader));
-                    const T *query = p.q + stretch.at_key(reader) + column, *key = p.k + stretch.at_key(reader) + column;
-                    for_each_vector<T>(width, [&](int64_t c, auto load, auto store) {
-                        V product = own * load(key + c);
-                        store(q_total[t] + c, fma(product, load(u + c), load(q_total[t] + c)));
-                        store(u_grad + c, fma(product, load(query + c), load(u_grad + c)));
+            for (int64_t i = 0; i < steps; i++) {
+                int64_t reader = first + i, writer = reader - p.shift();
+                for (int64_t n = 0; n < count; n++) {
+                    // Sums over the heads of a group gather in its first head.
+                    int64_t main = n / shared * shared;
+                    V own = broadcast<V>(dot(v[n][i], gradient[n][i], values));
+                    W read_own = 0, written_own = 0;
+                    if (p.bonus && reader < p.time) read_own = heads.own_gradient(o_grad, reader, n);
+                    if (p.bonus && writer >= 0) written_own = heads.own_gradient(o_grad, writer, n);
+                    heads.tiles.template each<W>(p.key, [&](int64_t column, int64_t width, int) {
+                        const W *query = q[n][i] + column, *key = k[n][i] + column;
+                        W *to_q = dq[n][i] + column, *to_k = dk[n][i] + column;
+                        for (int64_t c = 0; c < width; c += LANES<W>) {
+                            store(to_q + c, fma(own, load(key + c), load(to_q + c)));
+                            store(to_k + c, fma(own, load(query + c), load(to_k + c)));
+                        }
+                        const W* u = p.bonus + (heads.first + n) * p.key + column;
+                        if (p.bonus && reader < p.time) {
+                            const T* own_q = p.q + heads.at_key(reader, n) + column;
+                            const T* own_k = p.k + heads.at_key(reader, n) + column;
+                            W* to_u = to.bonus + (heads.b * p.heads + heads.first + n) * p.key + column;
+                            for_each_vector<T>(width, [&](int64_t c, auto load, auto store) {
+                                V product = read_own * load(own_k + c);
+                                store(to_q + c, fma(product, load(u + c), load(to_q + c)));
+                                store(to_u + c, fma(product, load(own_q + c), load(to_u + c)));
+                            });
+                        }
+                        if (p.bonus && writer >= 0) {
+                            const T* own_q = p.q + heads.at_key(writer, n) + column;
+                            for_each_vector<T>(width, [&](int64_t c, auto load, auto store) {
+                                store(to_k + c, fma(written_own * load(own_q + c), load(u + c), load(to_k + c)));
+                            });
+                        }
+                        for (int64_t c = 0; n != main && c < width; c += LANES<W>) {
+                            W *sum_q = dq[main][i] + column + c, *sum_k = dk[main][i] + column + c;
+                            store(sum_q, load(sum_q) + load(to_q + c));
+                            store(sum_k, load(sum_k) + load(to_k + c));
+                        }
+                        bool complete = n + 1 == main + shared;
+                        if (complete && reader < p.time) {
+                            store_row(dq[main][i] + column, width, to.q + heads.at_key(reader, n) + column);
+                        }
+                        if (complete && writer >= 0) {
+                            store_row(dk[main][i] + column, width, to.k + heads.at_key(writer, n) + column);
+                        }
+                        if (p.log_decay && writer >= 0) {
+                            int64_t place = ((heads.b * p.time + writer) * p.heads + heads.first + n) * p.key + column;
+                            store_row(change[n][i] + column, width, to.log_decay + place);
+                        }
+                    });
+                    if (writer < 0) continue;
+                    W weight = p.bonus ? heads.own_weight(writer, n) : W(0);
+                    heads.tiles.template each<W>(p.value, [&](int64_t column, int64_t width, int) {
+                        int64_t place = heads.at_value(writer, n) + column;
+                        W* row = dv[n][i] + column;
+                        if (p.bonus) {
+                            for_each_vector<T>(width, [&](int64_t c, auto load, auto) {
+                                V own_gradient = load(o_grad + place + c);
+                                store(row + c, fma(broadcast<V>(weight), own_gradient, seqzoo::load(row + c)));
+                            });
+                        }
+                        store_row(row, width, to.v + place);
                     });
                 }
-                if (writer >= 0) {
-                    V own = broadcast<V>(stretch.own_gradient(o_grad, writer));
-                    const T* query = p.q + stretch.at_key(writer) + column;
-                    for_each_vector<T>(width, [&](int64_t c, auto load, auto store) {
-                        store(k_total[t] + c, fma(own * load(query + c), load(u + c), load(k_total[t] + c)));
-                    });
-                }
             }
-        }
-        for (int64_t t = 0; t < count; t++) {
-            int64_t token = first + t;
-            if (token < p.time) store_row(q_total[t], width, to.q + ((b * p.time + token) * p.groups + group) * p.key + column);
-            token -= p.shift();
-            if (token >= 0) store_row(k_total[t], width, to.k + ((b * p.time + token) * p.groups + group) * p.key + column);
         }
     }
-    for (int64_t n = 0; n < shared; n++) {
-        int64_t h = group * shared + n;
-        W* tile = future + n * size;
-        Stretch<T> stretch{p, b, h, -1, 1};
-        stretch.decays(later, column, width, 1);
-        for (int64_t r = 0; r < p.value; r++) {
-            for (int64_t c = 0; c < TILE<W>; c++) tile[r * TILE<W> + c] *= later[0][c];
-        }
-        store_transposed(tile, p.value, column, width, to.state + (b * p.heads + h) * p.key * p.value);
+
+    heads.load_decays(0, 0, decay);
+    for (int64_t n = 0; n < count; n++) {
+        heads.tiles.template each<W>(p.key, [&](int64_t column, int64_t width, int vectors) {
+            W* tile = future + n * size + column * p.value;
+            for (int64_t r = 0; r < p.value; r++) {
+                for (int64_t c = 0; c < vectors * LANES<W>; c += LANES<W>) {
+                    W* at = tile + r * vectors * LANES<W> + c;
+                    store(at, load(at) * load(decay[n][0] + column + c));
+                }
+            }
+            store_transposed(tile, p.value, column, width,
+                             to.state + (heads.b * p.heads + heads.first + n) * p.key * p.value);
+        });
     }
 }
 
-template <class T>
-void walk_forward(int64_t threads, const Problem<T>& p, T* o, Wide<T>* last) {
-    using W = Wide<T>;
-    int64_t tiles = padded<W>(p.value) / TILE<W>;
-    parallel_for(int(threads), p.batch * p.heads * tiles, [&](int64_t index) {
-        int64_t h = index / tiles % p.heads;
-        forward_tile(p, index / tiles / p.heads, h, index % tiles * TILE<W>, o, last);
+// Call body(heads) for blocks of heads in units of `unit`, a few for each thread; where heads are few, each block is
+// cut into tiles of columns as well.
+template <class T, class Body>
+void for_each_heads(int64_t threads, const Problem<T>& p, int64_t unit, Body body) {
+    int64_t units = p.heads / unit, wanted = std::max<int64_t>(1, (2 * threads + p.batch - 1) / p.batch);
+    int64_t each = (units + wanted - 1) / wanted, blocks = (units + each - 1) / each;
+    int64_t parts = p.batch * blocks >= threads ? 1 : (threads + p.batch * blocks - 1) / (p.batch * blocks);
+    parallel_for(int(threads), p.batch * blocks * parts, [&](int64_t index) {
+        int64_t first = index / parts % blocks * each;
+        body(Heads<T>{p, index / parts / blocks, first * unit, std::min(each, units - first) * unit,
+                      Tiles{index % parts, parts}});
     });
+}
+
+template <class T>
+void walk_forward(int64_t threads, const Problem<T>& p, T* o, Wide<T>* last, Wide<T>* kept) {
+    for_each_heads(threads, p, 1, [&](const Heads<T>& heads) { forward_heads(heads, o, last, kept); });
 }
 
 // The gradients of decays are [batch, time, head, key] even where a head has one decay for all; those of the bonus
 // [batch, head, key], zeros on entry.
 template <class T>
-void walk_backward(int64_t threads, const Problem<T>& p, const T* o_grad, const Wide<T>* last_grad,
+void walk_backward(int64_t threads, const Problem<T>& p, const T* o_grad, const Wide<T>* last_grad, const Wide<T>* kept,
                    const Gradients<T>& to) {
-    using W = Wide<T>;
-    int64_t key_tiles = padded<W>(p.key) / TILE<W>, value_tiles = padded<W>(p.value) / TILE<W>;
-    int64_t key_work = p.batch * p.groups * key_tiles, value_work = p.batch * p.heads * value_tiles;
-    parallel_for(int(threads), key_work + value_work, [&](int64_t index) {
-        if (index < key_work) {
-            int64_t tile = index % key_tiles, group = index / key_tiles % p.groups;
-            keys_backward(p, index / key_tiles / p.groups, group, tile * TILE<W>, o_grad, last_grad, to);
-        } else {
-            index -= key_work;
-            int64_t tile = index % value_tiles, h = index / value_tiles % p.heads;
-            values_backward(p, index / value_tiles / p.heads, h, tile * TILE<W>, o_grad, last_grad, to);
-        }
-    });
+    for_each_heads(threads, p, p.heads / p.groups,
+                   [&](const Heads<T>& heads) { backward_heads(heads, o_grad, last_grad, kept, to); });
 }
 
 }  // namespace linear_attention

@@ -74,3 +74,17 @@ class Function:
 def dense(*tensors: Tensor | None) -> list[Any]:
     """Contiguous tensors of the same values, copied only where they must be; None stays None."""
     return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
+
+
+_PREFER_LARGE_PAGES = Function("native_prefer_large_pages")
+LARGE = 1 << 22
+
+
+def fresh(*tensors: Tensor | None) -> None:
+    """Say that large tensors were just allocated and will be written as a whole.
+
+    The first write to each small page of fresh memory costs more than the arithmetic of what is written there.
+    """
+    for x in tensors:
+        if x is not None and x.nbytes >= LARGE:
+            _PREFER_LARGE_PAGES(x, x.nbytes)
