@@ -248,28 +248,35 @@ def test_is_as_precise_as_plain_pytorch(operator, backend, variant, dtype, time,
     assert_as_precise_as_plain_pytorch(operator, backend, examples, STARTS[starts](time))
 
 
+def in_pieces(operator, backend, variant, sizes, starts):
+    """Results and gradients of an example that goes through the operator in pieces of these sizes."""
+    in_time, time = over(operator, variant, "time"), sum(sizes)
+    inputs, begins = learnable(example(operator, variant, time=time)), STARTS[starts](time)
+    state, outputs, end = inputs["state"], [], 0
+    for size in sizes:
+        piece = slice(end, end := end + size)
+        parts = select(inputs, in_time, (slice(None), piece)) | {"state": state}
+        y, state = call(operator, backend, parts, None if begins is None else begins[:, piece])
+        outputs.append(y)
+    return with_gradients(inputs, (torch.cat(outputs, 1), state))
+
+
 @interpreted_by_default()
 @every
 @pytest.mark.parametrize("starts", ["no start", "many starts"])
 @pytest.mark.parametrize("sizes", [[1, 99], [64, 36], [37, 53, 1, 9], [2] * 50], ids=lambda sizes: str(sizes[:4]))
 def test_goes_on_from_its_state(operator, backend, variant, sizes, starts):
     """One call and any split are the same, gradients through the carried state included."""
-    in_time = over(operator, variant, "time")
+    assert_same(*(in_pieces(operator, backend, variant, pieces, starts) for pieces in (sizes, [100])))
 
-    def split(inputs, sizes, starts):
-        state, outputs, end = inputs["state"], [], 0
-        for size in sizes:
-            piece = slice(end, end := end + size)
-            parts = select(inputs, in_time, (slice(None), piece)) | {"state": state}
-            y, state = call(operator, backend, parts, None if starts is None else starts[:, piece])
-            outputs.append(y)
-        return torch.cat(outputs, 1), state
 
-    results = []
-    for pieces in (sizes, [100]):
-        inputs = learnable(example(operator, variant, time=100))
-        results.append(with_gradients(inputs, split(inputs, pieces, STARTS[starts](100))))
-    assert_same(*results)
+@interpreted_by_default(starts=())
+@others
+@pytest.mark.parametrize("starts", ["no start", "start in the middle"])
+def test_sequences_of_more_than_one_segment(operator, backend, variant, starts):
+    """Implementations may cut what is longer than a thousand tokens, to save memory."""
+    whole, pieces = (in_pieces(operator, backend, variant, sizes, starts) for sizes in ([2100], [700] * 3))
+    assert_same(whole, pieces, rtol=1e-9, atol=1e-9)
 
 
 @interpreted_by_default()
