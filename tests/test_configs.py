@@ -83,5 +83,6 @@ def test_builds_and_trains(path, corpus, tmp_path):
     command = TrainingCommand(arguments, callbacks=(losses,))
     assert command.trainer.global_step == 2
     assert len(losses.train) == 2 and all(map(math.isfinite, [*losses.train, losses.validation]))
+    assert command.model.net.vocab_size == getattr(command.datamodule, "vocab_size", 256), "text is bytes, of 256 kinds"
     # Untrained, all tokens are about equally likely: a loss far from that is a wrong vocabulary or a wild start.
     assert losses.train[0] == pytest.approx(math.log(command.model.net.vocab_size), rel=0.15)
