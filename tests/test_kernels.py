@@ -481,6 +481,17 @@ def test_refuses_what_has_no_token(operator, backend, variant, unchecked):
         call(operator, backend, inputs)
 
 
+@every
+def test_refuses_what_kernels_would_misread(operator, backend, variant, unchecked):
+    inputs, starts = example(operator, variant), begin_at(37, 2)
+    for name, x in inputs.items():
+        for wrong in [torch.int32, torch.float8_e4m3fn] if torch.is_tensor(x) and not x.is_complex() else []:
+            with pytest.raises(ValueError, match=rf"{operator}: (\w+ is torch\.|.*dtype|.*all must be real)"):
+                call(operator, backend, inputs | {name: x.to(wrong)}, starts)
+    with pytest.raises(ValueError, match=rf"{operator}: starts is torch.uint8 on cpu; expected torch.bool on cpu"):
+        call(operator, backend, inputs, starts.byte())
+
+
 @parametrize([case for case in with_variants(EVERY) if "q" in example(case[0], case[2])])
 def test_refuses_queries_of_another_dtype(operator, backend, variant, unchecked):
     inputs = example(operator, variant, dtype=torch.float32)

@@ -21,6 +21,9 @@ WHY_NOT_AUTO = {
     "chunked": "pays for a whole chunk even when there is one token, and for many passes over memory",
 }
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPLEX = (torch.complex64, torch.complex128)
+
 _checks_ranges = False
 
 
@@ -114,6 +117,24 @@ def check_kind(operator: str, first: str, like: Tensor, **others: Tensor | None)
                 f"{operator}: {name} is {tensor.dtype} on {tensor.device}; expected what {first} is, "
                 f"{like.dtype} on {like.device}"
             )
+
+
+def check_numbers(operator: str, starts: Tensor | None, *, complex_too: bool = False, **inputs: Tensor | None) -> None:
+    """Raise ValueError unless ``inputs`` are floating-point (or complex) and ``starts`` is of bools, on one device.
+
+    Kernels read memory as what they take it for: a wrong dtype would not be an error there, but a wrong answer.
+    """
+    allowed = FLOATS + COMPLEX if complex_too else FLOATS
+    device = None
+    for name, tensor in inputs.items():
+        if tensor is not None:
+            device = device or tensor.device
+            if tensor.dtype not in allowed or tensor.device != device:
+                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+                kind = f"{tensor.dtype} on {tensor.device}"
+                raise ValueError(f"{operator}: {name} is {kind}; expected one of {names} on {device}")
+    if starts is not None and (starts.dtype != torch.bool or starts.device != device):
+        raise ValueError(f"{operator}: starts is {starts.dtype} on {starts.device}; expected torch.bool on {device}")
 
 
 @contextmanager

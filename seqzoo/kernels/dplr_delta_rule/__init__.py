@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_log_decay, check_shape, choose
+from seqzoo.kernels.backends import check_kind, check_log_decay, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.dplr_delta_rule import chunked, native, reference
 
@@ -66,6 +66,7 @@ def dplr_delta_rule(
     check_shape("dplr_delta_rule", "state", state, (v.shape[0], *q.shape[2:], v.shape[3]))
     check_shape("dplr_delta_rule", "starts", starts, tuple(v.shape[:2]))
     check_log_decay("dplr_delta_rule", log_decay)
+    check_numbers("dplr_delta_rule", starts, q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, state=state)
     run = IMPLEMENTATIONS[choose("dplr_delta_rule", IMPLEMENTATIONS, backend, v, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):

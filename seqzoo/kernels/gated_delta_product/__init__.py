@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels import gated_delta_rule as _rule
-from seqzoo.kernels.backends import check_decay, check_heads, check_shape, choose
+from seqzoo.kernels.backends import check_decay, check_heads, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.gated_delta_product import interleaved, reference
 
@@ -64,6 +64,7 @@ def gated_delta_product(
     check_heads(operator, q, k[:, :, 0], v[:, :, 0], {}, state, starts)
     check_decay(operator, log_decay, q, v[:, :, 0])
     check_shape(operator, "beta", beta, tuple(v.shape[:4]))
+    check_numbers(operator, starts, q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
     run = IMPLEMENTATIONS[choose(operator, IMPLEMENTATIONS, backend, v, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_decay, check_heads, choose
+from seqzoo.kernels.backends import check_decay, check_heads, check_numbers, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.gated_delta_rule import chunked, native, reference
 
@@ -55,6 +55,7 @@ def gated_delta_rule(
     """
     check_heads("gated_delta_rule", q, k, v, {"beta": beta}, state, starts)
     check_decay("gated_delta_rule", log_decay, q, v)
+    check_numbers("gated_delta_rule", starts, q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
     run = IMPLEMENTATIONS[choose("gated_delta_rule", IMPLEMENTATIONS, backend, v, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):

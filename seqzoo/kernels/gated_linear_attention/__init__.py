@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_heads, check_log_decay, check_shape, choose
+from seqzoo.kernels.backends import check_heads, check_log_decay, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.gated_linear_attention import chunked, native, reference
 
@@ -68,6 +68,7 @@ def gated_linear_attention(
     check_shape("gated_linear_attention", "log_decay", log_decay, (*v.shape[:3], *q.shape[3:] * per_channel))
     check_shape("gated_linear_attention", "bonus", bonus, (v.shape[2], q.shape[3]))
     check_log_decay("gated_linear_attention", log_decay)
+    check_numbers("gated_linear_attention", starts, q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, state=state)
     run = IMPLEMENTATIONS[choose("gated_linear_attention", IMPLEMENTATIONS, backend, v, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Inexact
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_shape, choose
+from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.linear_scan import chunked, reference
 
@@ -60,6 +60,7 @@ def linear_scan(
             f"linear_scan: starts has shape {tuple(starts.shape)}, b {tuple(b.shape)}; expected {(batch, time)}"
         )
     check_kind("linear_scan", "b", b)
+    check_numbers("linear_scan", starts, complex_too=True, a=a, b=b, state=state)
     run = IMPLEMENTATIONS[choose("linear_scan", IMPLEMENTATIONS, backend, b, time)]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(b.device.type, enabled=False):

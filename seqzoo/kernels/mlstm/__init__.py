@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
-from seqzoo.kernels.backends import check_heads, check_shape, choose
+from seqzoo.kernels.backends import check_heads, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.mlstm import reference, stabilized
 from seqzoo.kernels.mlstm.reference import MLSTMState
@@ -69,6 +69,8 @@ def mlstm(
         check_shape("mlstm", "state.memory", state.memory, (batch, heads, q.shape[3], value))
         check_shape("mlstm", "state.normalizer", state.normalizer, (batch, heads, q.shape[3]))
         check_shape("mlstm", "state.stabilizer", state.stabilizer, (batch, heads))
+    states = {} if state is None else state._asdict()
+    check_numbers("mlstm", starts, q=q, k=k, v=v, input_gate=input_gate, log_forget=log_forget, **states)
     run = IMPLEMENTATIONS[choose("mlstm", IMPLEMENTATIONS, backend, v, v.shape[1])]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(v.device.type, enabled=False):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_shape, choose
+from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.selective_scan import chunked, native, reference
 
@@ -77,6 +77,7 @@ def selective_scan(
             )
     check_shape("selective_scan", "starts", starts, (batch, time))
     check_kind("selective_scan", "x", x, B=B, C=C, gate=gate)
+    check_numbers("selective_scan", starts, x=x, dt=dt, A=A, B=B, C=C, D=D, gate=gate, dt_bias=dt_bias, state=state)
     run = IMPLEMENTATIONS[choose("selective_scan", IMPLEMENTATIONS, backend, x, time)]
     # Autocast would round every product inside: the operator itself chooses the precision of each step.
     with torch.autocast(x.device.type, enabled=False):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_shape, choose
+from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
 from seqzoo.kernels.short_conv import chunked, native, reference, triton_op
 
@@ -64,6 +64,7 @@ def short_conv(
     check_shape("short_conv", "state", state, (batch, weight.shape[1] - 1, channels))
     check_shape("short_conv", "starts", starts, (batch, time))
     check_kind("short_conv", "x", x)
+    check_numbers("short_conv", starts, x=x, weight=weight, bias=bias, state=state)
     run = IMPLEMENTATIONS[choose("short_conv", IMPLEMENTATIONS, backend, x, time)]
     return run(x, weight, bias, state, starts, activation)
 
