@@ -566,6 +566,46 @@ void backward_heads(const Heads<T>& heads, const T* o_grad, const Wide<T>* last_
     }
 }
 
+// One token of one head: the state is read from where it stands and written to its new place, without tiles.
+template <class T>
+void step_head(const Problem<T>& p, int64_t b, int64_t h, T* o, Wide<T>* last) {
+    using W = Wide<T>;
+    using V = Vec<W>;
+    Heads<T> head{p, b, h, 1, {}};
+    int64_t place = (b * p.heads + h) * p.key * p.value;
+    const W* state = p.state && !p.begins(b, p.shift()) ? p.state + place : nullptr;
+    const T *q = p.q + head.at_key(0, 0), *k = p.k + head.at_key(0, 0), *v = p.v + head.at_value(0, 0);
+    W* decay = workspace<0, W>(padded<W>(p.key));
+    head.load_decays(p.shift(), 0, {decay, padded<W>(p.key)});
+    V own = broadcast<V>(p.bonus ? head.own_weight(0, 0) : W(0));
+    for (int64_t column = 0; column < p.value; column += TILE * LANES<W>) {
+        // Vectors of the tile, a ragged one last: the loops over them vanish, so that they stay in registers.
+        auto each = [&](auto body) __attribute__((always_inline)) {
+            SEQZOO_UNROLL
+            for (int j = 0; j < TILE; j++) {
+                int64_t at = column + j * LANES<W>;
+                if (at < p.value) body(j, at, p.value - at);
+            }
+        };
+        V out[TILE], written[TILE];
+        each([&](int j, int64_t at, int64_t left) __attribute__((always_inline)) {
+            written[j] = load_up_to(v + at, left);
+            out[j] = own * written[j];
+        });
+        for (int64_t c = 0; c < p.key; c++) {
+            V kept = broadcast<V>(decay[c]), key = broadcast<V>(widen(k[c])), query = broadcast<V>(widen(q[c]));
+            each([&](int j, int64_t at, int64_t left) __attribute__((always_inline)) {
+                V before = state ? load_up_to(state + c * p.value + at, left) : V{};
+                V after = fma(kept, before, key * written[j]);
+                out[j] = fma(query, p.bonus ? before : after, out[j]);
+                store_up_to(last + place + c * p.value + at, after, left);
+            });
+        }
+        each([&](int j, int64_t at, int64_t left)
+                 __attribute__((always_inline)) { store_up_to(o + head.at_value(0, 0) + at, out[j], left); });
+    }
+}
+
 // Call body(heads) for blocks of heads in units of `unit`, a few for each thread; where heads are few, each block is
 // cut into tiles of columns as well.
 template <class T, class Body>
@@ -582,6 +622,12 @@ void for_each_heads(int64_t threads, const Problem<T>& p, int64_t unit, Body bod
 
 template <class T>
 void walk_forward(int64_t threads, const Problem<T>& p, T* o, Wide<T>* last, Wide<T>* kept) {
+    if (p.time == 1) {
+        // Waking a thread takes as long as a hundred thousand numbers.
+        threads = std::min(threads, 1 + (p.batch * p.heads * p.key * p.value >> 17));
+        return parallel_for(int(threads), p.batch * p.heads,
+                            [&](int64_t index) { step_head(p, index / p.heads, index % p.heads, o, last); });
+    }
     for_each_heads(threads, p, 1, [&](const Heads<T>& heads) { forward_heads(heads, o, last, kept); });
 }
 

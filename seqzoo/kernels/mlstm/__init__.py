@@ -23,11 +23,11 @@ from torch import Tensor
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
 from seqzoo.kernels.backends import check_heads, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.mlstm import reference, stabilized
+from seqzoo.kernels.mlstm import native, reference, stabilized
 from seqzoo.kernels.mlstm.reference import MLSTMState
 
 IMPLEMENTATIONS = {"reference": reference.mlstm} | {
-    name: partial(stabilized.mlstm, run)
+    name: native.mlstm if name == "native" else partial(stabilized.mlstm, run)
     for name, run in _gated_linear_attention.IMPLEMENTATIONS.items()
     if name != "reference"
 }

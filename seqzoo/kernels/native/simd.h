@@ -206,6 +206,17 @@ SEQZOO_INLINE void store_first(T* to, Vec<Wide<T>> x, int count) {
     std::memcpy(to, numbers, sizeof(T) * count);
 }
 
+// The same where `left` may also be more than a vector holds.
+template <class T>
+SEQZOO_INLINE Vec<Wide<T>> load_up_to(const T* from, int64_t left) {
+    return left >= LANES<T> ? load(from) : load_first(from, int(left));
+}
+
+template <class T>
+SEQZOO_INLINE void store_up_to(T* to, Vec<Wide<T>> x, int64_t left) {
+    left >= LANES<T> ? store(to, x) : store_first(to, x, int(left));
+}
+
 // Call body(offset, load, store) for every vector of a row of `count` numbers: full vectors, then a ragged last one.
 template <class T, class Body>
 SEQZOO_INLINE void for_each_vector(int64_t count, Body body) {
