@@ -15,6 +15,9 @@ namespace {
 
 constexpr int BLOCK = 64;
 
+// As many tokens are stepped the way of decoding, unless a backward follows.
+constexpr int SHORT = 4;
+
 // Entries of the state that are walked at once. The backward keeps two vectors for each, the forward one.
 constexpr int FORWARD_ENTRIES = VECTOR_REGISTERS / 2;
 constexpr int BACKWARD_ENTRIES = VECTOR_REGISTERS / 4;
@@ -154,6 +157,30 @@ SEQZOO_INLINE void store_up_to(T* to, Vec<Wide<T>> x, int count) {
     }
 }
 
+template <int BIT, class V, size_t... I>
+SEQZOO_INLINE V add_neighbours(V a, V b, std::index_sequence<I...>) {
+    constexpr size_t L = sizeof...(I);
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, (I & BIT ? L + (I ^ BIT) : I)...) +
+           __builtin_shufflevector(a, b, (I & BIT ? L + I : I ^ BIT)...);
+#else
+    return V{(I & BIT ? b[I ^ BIT] : a[I])...} + V{(I & BIT ? b[I] : a[I ^ BIT])...};
+#endif
+}
+
+// Vectors x(first), ..., x(first + N - 1), summed together: lane i has a part of the sum over the lanes of
+// x(first + i % N). Calls come in order.
+template <int N, class X>
+SEQZOO_INLINE auto sum_lanes(X x, int first) {
+    if constexpr (N == 1) {
+        return x(first);
+    } else {
+        auto low = sum_lanes<N / 2>(x, first);
+        auto high = sum_lanes<N / 2>(x, first + N / 2);
+        return add_neighbours<N / 2>(low, high, std::make_index_sequence<sizeof(low) / sizeof(low[0])>());
+    }
+}
+
 // One block of one tile, N entries of its state: adds S_t C_t to y.
 template <int N, class W>
 __attribute__((noinline)) void walk(int length, const Vec<W>* delta, const Vec<W>* u, const W* rates, const W* B,
@@ -196,6 +223,42 @@ SEQZOO_INLINE void for_entries(int64_t padded, Body body) {
     for (; n < padded; n += 4) body(std::integral_constant<int, 4>(), n);
 }
 
+// What a tile's tokens are before their walk: steps, what they write, and what the skip adds to the output. `ahead` is
+// how far away the numbers of the next tile are, which lie in rows so far apart that no hardware foresees them.
+template <class T, class U, class V>
+SEQZOO_INLINE void enter(const Inputs<T, U>& in, int64_t token, int length, int64_t channels, int64_t channel,
+                         int64_t ahead, V* delta, V* u, V* sums) {
+    int count = int(std::min<int64_t>(LANES<T>, channels - channel));
+    V bias = in.dt_bias ? load_up_to(in.dt_bias + channel, count) : V{};
+    V skip = in.D ? load_up_to(in.D + channel, count) : V{};
+    for (int t = 0; t < length; t++) {
+        int64_t at = (token + t) * channels + channel;
+        __builtin_prefetch(in.x + at + ahead);
+        __builtin_prefetch(in.dt + at + ahead);
+        if (in.gate) __builtin_prefetch(in.gate + at + ahead);
+        V x = load_up_to(in.x + at, count);
+        delta[t] = softplus_here(load_up_to(in.dt + at, count) + bias);
+        u[t] = delta[t] * x;
+        sums[t] = skip * x;
+    }
+}
+
+// What comes out of it.
+template <class T, class U, class V>
+SEQZOO_INLINE void leave(const Inputs<T, U>& in, int64_t token, int length, int64_t channels, int64_t channel,
+                         const V* sums, T* y) {
+    int count = int(std::min<int64_t>(LANES<T>, channels - channel));
+    for (int t = 0; t < length; t++) {
+        int64_t at = (token + t) * channels + channel;
+        V out = sums[t];
+        if (in.gate) {
+            V z = load_up_to(in.gate + at, count);
+            out = out * z * sigmoid_here(z);
+        }
+        store_up_to(y + at, out, count);
+    }
+}
+
 template <class T, class U>
 void forward(int threads, int64_t parts, Sizes sizes, Inputs<T, U> in, T* y, Wide<T>* last, Wide<T>* kept) {
     using W = Wide<T>;
@@ -221,38 +284,67 @@ void forward(int threads, int64_t parts, Sizes sizes, Inputs<T, U> in, T* y, Wid
             const bool* starts = in.starts ? in.starts + token : nullptr;
             if (kept) std::copy_n(states, width, kept + ((row * blocks + block) * tiles + first) * padded * L);
             for (int64_t tile = first; tile < end; tile++) {
-                int count = int(std::min<int64_t>(L, channels - tile * L));
-                V bias = in.dt_bias ? load_up_to(in.dt_bias + tile * L, count) : V{};
-                V skip = in.D ? load_up_to(in.D + tile * L, count) : V{};
-                // The next tile's numbers lie in as many rows far apart, which no hardware foresees.
                 int64_t ahead = tile + 1 < end ? L : BLOCK * channels - (tile - first) * L;
                 V delta[BLOCK], u[BLOCK], sums[BLOCK];
-                for (int t = 0; t < length; t++) {
-                    int64_t at = (token + t) * channels + tile * L;
-                    __builtin_prefetch(in.x + at + ahead);
-                    __builtin_prefetch(in.dt + at + ahead);
-                    if (in.gate) __builtin_prefetch(in.gate + at + ahead);
-                    V x = load_up_to(in.x + at, count);
-                    delta[t] = softplus_here(load_up_to(in.dt + at, count) + bias);
-                    u[t] = delta[t] * x;
-                    sums[t] = skip * x;
-                }
+                enter(in, token, length, channels, tile * L, ahead, delta, u, sums);
                 for_entries<FORWARD_ENTRIES>(padded, [&](auto N, int64_t n) {
                     int64_t at = ((tile - first) * padded + n) * L;
                     walk<N.value, W>(length, delta, u, rates + at, B + n, C + n, padded, starts, states + at, sums);
                 });
-                for (int t = 0; t < length; t++) {
-                    int64_t at = (token + t) * channels + tile * L;
-                    V out = sums[t];
-                    if (in.gate) {
-                        V z = load_up_to(in.gate + at, count);
-                        out = out * z * sigmoid_here(z);
-                    }
-                    store_up_to(y + at, out, count);
-                }
+                leave(in, token, length, channels, tile * L, sums, y);
             }
         }
         unpack(states, channels, entries, padded, first, end, last + row * channels * entries);
+    });
+}
+
+// The same for a few tokens, as in decoding: the lanes are entries of the state, so that A and the state are read and
+// written as they lie.
+template <class T, class U>
+void forward_short(int threads, Sizes sizes, Inputs<T, U> in, T* y, Wide<T>* last) {
+    using W = Wide<T>;
+    using V = Vec<W>;
+    constexpr int L = LANES<T>;
+    auto [batch, time, channels, entries] = sizes;
+    int64_t tiles = tiles_of(channels, L), vectors = (entries + L - 1) / L, padded = vectors * L;
+    // Waking a thread takes as long as several thousand entries.
+    threads = int(std::min<int64_t>(threads, 1 + batch * channels * padded * time / 32768));
+    int64_t parts = std::min<int64_t>(tiles, threads);
+    parallel_for(threads, batch * parts, [&](int64_t task) {
+        int64_t row = task / parts, first = task % parts * tiles / parts, end = (task % parts + 1) * tiles / parts;
+        int64_t token = row * time;
+        int length = int(time);
+        W* B = workspace<2, W>(2 * SHORT * padded);
+        W* C = B + SHORT * padded;
+        widen_rows(in.B + token * entries, time, entries, padded, B);
+        widen_rows(in.C + token * entries, time, entries, padded, C);
+        for (int64_t tile = first; tile < end; tile++) {
+            V delta[SHORT], u[SHORT], sums[SHORT];
+            enter(in, token, length, channels, tile * L, 0, delta, u, sums);
+            int lanes = int(std::min<int64_t>(L, channels - tile * L));
+            for (int64_t n = 0; n < entries; n += L) {
+                int count = int(std::min<int64_t>(L, entries - n));
+                const W* A = in.A + tile * L * entries + n;
+                int64_t at = (row * channels + tile * L) * entries + n;
+                V S[L];
+                for (int lane = 0; lane < L; lane++) {
+                    S[lane] = in.state && lane < lanes ? load_up_to(in.state + at + lane * entries, count) : V{};
+                }
+                for (int t = 0; t < length; t++) {
+                    bool begins = in.starts && in.starts[token + t];
+                    V scaled = delta[t] * rate<W>(1), B_t = load(B + t * padded + n), C_t = load(C + t * padded + n);
+                    sums[t] += sum_lanes<L>(
+                        [&](int lane) __attribute__((always_inline)) {
+                            V a = decay(load_up_to(A + std::min(lane, lanes - 1) * entries, count) * scaled[lane]);
+                            S[lane] = fma(begins ? V{} : a, S[lane], B_t * u[t][lane]);
+                            return S[lane] * C_t;
+                        },
+                        0);
+                }
+                for (int lane = 0; lane < lanes; lane++) store_up_to(last + at + lane * entries, S[lane], count);
+            }
+            leave(in, token, length, channels, tile * L, sums, y);
+        }
     });
 }
 
@@ -270,30 +362,6 @@ struct Gradients {
     W* dt_bias;
     W* state;
 };
-
-template <int BIT, class V, size_t... I>
-SEQZOO_INLINE V add_neighbours(V a, V b, std::index_sequence<I...>) {
-    constexpr size_t L = sizeof...(I);
-#if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(a, b, (I & BIT ? L + (I ^ BIT) : I)...) +
-           __builtin_shufflevector(a, b, (I & BIT ? L + I : I ^ BIT)...);
-#else
-    return V{(I & BIT ? b[I ^ BIT] : a[I])...} + V{(I & BIT ? b[I] : a[I ^ BIT])...};
-#endif
-}
-
-// Vectors x(first), ..., x(first + N - 1), summed together: lane i has a part of the sum over the lanes of
-// x(first + i % N). Calls come in order.
-template <int N, class X>
-SEQZOO_INLINE auto sum_lanes(X x, int first) {
-    if constexpr (N == 1) {
-        return x(first);
-    } else {
-        auto low = sum_lanes<N / 2>(x, first);
-        auto high = sum_lanes<N / 2>(x, first + N / 2);
-        return add_neighbours<N / 2>(low, high, std::make_index_sequence<sizeof(low) / sizeof(low[0])>());
-    }
-}
 
 // What the backward of one block of one tile reads and writes, all but what depends on the entries of the state.
 template <class V>
@@ -511,8 +579,11 @@ SEQZOO_EXPORT void selective_scan_forward(int64_t dtype, int64_t dt_dtype, int64
                             static_cast<const T*>(B),    static_cast<const T*>(C),       static_cast<const W*>(D),
                             static_cast<const T*>(gate), static_cast<const W*>(dt_bias), static_cast<const W*>(state),
                             static_cast<const bool*>(starts)};
-            forward<T, U>(int(threads), parts, {batch, time, channels, entries}, in, static_cast<T*>(y),
-                          static_cast<W*>(last), static_cast<W*>(kept));
+            Sizes sizes{batch, time, channels, entries};
+            if (time <= SHORT && !kept) {
+                return forward_short(int(threads), sizes, in, static_cast<T*>(y), static_cast<W*>(last));
+            }
+            forward(int(threads), parts, sizes, in, static_cast<T*>(y), static_cast<W*>(last), static_cast<W*>(kept));
         };
         dt_dtype == dtype ? run(T()) : run(W());
     });
