@@ -16,12 +16,13 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.linear_scan import chunked, native, reference
+from seqzoo.kernels.linear_scan import chunked, native, reference, triton_op
 
 IMPLEMENTATIONS = {
     "reference": reference.linear_scan,
     "chunked": chunked.linear_scan,
     "native": native.linear_scan,
+    "triton": triton_op.linear_scan,
 }
 
 
@@ -41,7 +42,7 @@ def linear_scan(
         b: what is added. Complex (complex64 or complex128) where ``a`` is, and only there.
         state: h after the tokens before, float32 or complex64 (64 and 128 for inputs that are); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
-        backend: ``auto``, ``reference``, ``chunked`` or ``native``.
+        backend: ``auto``, ``native``, ``triton``, ``chunked`` or ``reference``.
 
     Returns:
         h in the dtype of ``b``, and h after the last token in the state's.
