@@ -25,12 +25,13 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_heads, check_log_decay, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.gated_linear_attention import chunked, native, reference
+from seqzoo.kernels.gated_linear_attention import chunked, native, reference, triton_op
 
 IMPLEMENTATIONS = {
     "reference": reference.gated_linear_attention,
     "chunked": chunked.gated_linear_attention,
     "native": native.gated_linear_attention,
+    "triton": triton_op.gated_linear_attention,
 }
 
 
@@ -55,7 +56,7 @@ def gated_linear_attention(
         state: S after the tokens before, float32 (float64 for float64 inputs); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
         bonus: u, which makes the output the one above.
-        backend: ``auto``, ``reference`` or ``chunked``.
+        backend: ``auto``, ``triton``, ``chunked`` or ``reference``.
 
     Returns:
         o in the dtype of ``v``, and S after the last token.
