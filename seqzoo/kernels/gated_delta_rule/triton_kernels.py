@@ -2,8 +2,9 @@
 
 With G the running sum of g inside a chunk, S the state that enters it, and products without a sign elementwise:
 
-    B_ij = (k_i . k_j) e^{G_i - G_j} for j < i,    A_ij = (q_i . k_j) e^{G_i - G_j} for j <= i,    H = B (I + beta B)^{-1}
-    z = v - e^G (K S),    r = z - H (beta z),    n = beta r,    O = e^G (Q S) + A n,    S' = e^{G_C} S + K^T (e^{G_C - G} n)
+    B_ij = (k_i . k_j) e^{G_i - G_j} for j < i,    A_ij = (q_i . k_j) e^{G_i - G_j} for j <= i,
+    H = B (I + beta B)^{-1},    z = v - e^G (K S),    r = z - H (beta z),    n = beta r,
+    O = e^G (Q S) + A n,    S' = e^{G_C} S + K^T (e^{G_C - G} n)
 
 r is what a token finds missing at its key, n what it writes. B, A and H (``_score``, ``_invert``) know nothing of S;
 the walk (``_walk``) then carries S in registers through four products a chunk. Backward, with dO and dS' given:
@@ -14,10 +15,10 @@ the walk (``_walk``) then carries S in registers through four products a chunk. 
 ``_walk_back`` carries dS; ``_differentiate`` takes all that is left from dA, dB, S and dS', chunk by chunk in parallel.
 beta stays outside of H so that nothing is divided by it.
 
-Sums of decays never cancel. A decay below e^CUT is none at all: it counts as CUT, and so does a start. With one decay a
-head, the running sum is float64, kept as two numbers of float32: a difference of two is as exact as a sum of float32,
-(1 + 2^-22) of the true one, at most 2^-23 of the decay itself. With a decay a channel, pairs of tokens are sorted by the
-largest aligned block that parts them: a product of e^{sum from the middle of that block} and e^{sum up to the middle}.
+Sums of decays never cancel. A decay below e^CUT is none at all: it counts as CUT, and so does a start. With one decay
+a head, the running sum is float64, kept as two numbers of float32: a difference of two is as exact as a sum of float32,
+(1 + 2^-22) of the true one, at most 2^-23 of the decay itself. With a decay a channel, pairs of tokens are sorted by
+the largest aligned block that parts them: a product of e^{sum from its middle} and e^{sum up to the middle}.
 Each sum is a product with a matrix of ones, and no exponent is above 0.
 
 Long sequences run in segments: what is stored of a chunk takes no more memory than one segment has.
@@ -178,7 +179,7 @@ def _score_channels(
     KEY: tl.constexpr, CHUNK: tl.constexpr, KEY_BLOCK: tl.constexpr, LEVELS: tl.constexpr, NARROW: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``_score`` for a decay a channel; also e^{G_C}, and queries and keys with their decays since and until the ends."""
+    """``_score`` for a decay a channel; also e^{G_C}, and queries and keys decayed since the start and to the end."""
     program = tl.program_id(0).to(tl.int64)
     batch, head, first = program // chunks // heads, program // chunks % heads, program % chunks * CHUNK
     left = time - first
@@ -216,7 +217,7 @@ def _score_channels(
 
 @triton.jit
 def _corners(h, scores, beta, COUNT: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """From H of 2 COUNT diagonal blocks, H of the COUNT blocks of twice the size: upper left, lower left, lower right."""
+    """From H of 2 COUNT diagonal blocks, H of COUNT blocks twice as large: upper left, lower left, lower right."""
     upper, lower = tl.split(tl.permute(tl.reshape(h, (COUNT, 2, SIZE, SIZE)), (0, 2, 3, 1)))
     block = tl.arange(0, COUNT)[:, None, None] * 2 * SIZE
     i, j = tl.arange(0, SIZE)[None, :, None], tl.arange(0, SIZE)[None, None, :]
@@ -300,7 +301,7 @@ def _walk(
     """The state from chunk to chunk, for one head and block of values; outputs, or what the backward needs.
 
     Everything is transposed, values by tokens or by keys: so what one product gives is, in registers, the left side of
-    the next. With a decay a channel, the decays are in ``q``, ``k`` and ``k_end`` (K e^{G_C - G}); ``keeps`` is e^{G_C}.
+    the next. With a decay a channel, decays are in ``q``, ``k`` and ``k_end`` (K e^{G_C - G}); ``keeps`` is e^{G_C}.
     """
     blocks: tl.constexpr = (VALUE + VALUE_BLOCK - 1) // VALUE_BLOCK
     program = tl.program_id(0).to(tl.int64)
@@ -352,7 +353,8 @@ def _walk(
 
 @triton.jit
 def _walk_back(
-    q, k, k_end, do, residual, inverse, reads, gates, keeps, dlast, dv, dbeta, leaving, dstate, time, heads, chunks, shared,
+    q, k, k_end, do, residual, inverse, reads, gates, keeps, dlast, dv, dbeta, leaving, dstate,
+    time, heads, chunks, shared,
     KEY: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -731,7 +733,8 @@ def forward(q, k, v, log_decay, beta, state, starts):
         programs = call.batch * call.heads * triton.cdiv(call.value, config["VALUE_BLOCK"])
         _step[(programs,)](
             *(_rows(x) for x in (q, k, v, log_decay, beta, starts)), state, _rows(o), last,
-            call.time, call.heads, call.shared, CHANNELS=call.channels, **call.constants("KEY", "VALUE", "SUM"), **config,
+            call.time, call.heads, call.shared, CHANNELS=call.channels,
+            **call.constants("KEY", "VALUE", "SUM"), **config,
         )  # fmt: skip
         return o, last, v.new_empty((0, *shape), dtype=call.wide)
     segments = _segments(call)
@@ -812,33 +815,40 @@ def _segment_backward(call, chunks, inputs, outputs, state, dlast):
     return dstate
 
 
-X = dict(pairs_w=4, pairs_s=2, score_kb=64, score_w=4, score_s=2, cscore_kb=64, cscore_w=8, cscore_s=1, inv_w=4, bv=32, walk_w=8, walk_s=2, back_w=8, back_s=2, dif_kb=64, dif_vb=64, dif_w=8, dif_s=2, cdif_kb=32, cdif_vb=64, cdif_w=8, cdif_s=1, step_vb=32, step_w=4)
+class _Config(NamedTuple):
+    """The largest blocks of keys and of values, None where a kernel has none or takes all, and how it is compiled."""
+
+    key_block: int | None
+    value_block: int | None
+    num_warps: int
+    num_stages: int
+
+
+# Found by compiling for real chips: no spills, and shared memory within the smallest limit.
+_CONFIGS = {
+    "step": _Config(None, 32, 4, 1),
+    "score": _Config(64, None, 4, 2),
+    "score channels": _Config(64, None, 8, 1),
+    "invert": _Config(None, None, 4, 1),
+    "walk": _Config(None, 32, 8, 2),
+    "walk back": _Config(None, 32, 8, 2),
+    "pairs": _Config(None, 64, 4, 2),
+    "differentiate": _Config(64, 64, 8, 2),
+    "differentiate channels": _Config(32, 64, 8, 1),
+}
+_TAKES_ALL_KEYS = ("step", "walk", "walk back")
 
 
 def _config(kernel, call):
     """Blocks, warps and stages of a kernel."""
+    name = f"{kernel} channels" if call.channels and f"{kernel} channels" in _CONFIGS else kernel
+    config = _CONFIGS[name]
+    settings = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     key, value = _power(call.key), _power(call.value)
-    if kernel == "step":
-        return {"KEY_BLOCK": key, "VALUE_BLOCK": min(value, X["step_vb"]), "num_warps": X["step_w"]}
-    if kernel == "pairs":
-        return {"VALUE_BLOCK": min(value, 64), "num_warps": X["pairs_w"], "num_stages": X["pairs_s"]}
-    if kernel == "invert":
-        return {"num_warps": X["inv_w"]}
-    if kernel == "score":
-        c = "c" if call.channels else ""
-        return {"KEY_BLOCK": min(key, X[c+"score_kb"]), "num_warps": X[c+"score_w"], "num_stages": X[c+"score_s"]}
-    if kernel == "differentiate":
-        c = "c" if call.channels else ""
-        return {
-            "KEY_BLOCK": min(key, X[c+"dif_kb"]),
-            "VALUE_BLOCK": min(value, X[c+"dif_vb"]),
-            "num_warps": X[c+"dif_w"],
-            "num_stages": X[c+"dif_s"],
-        }
-    w = {"walk": "walk", "walk back": "back"}[kernel]
-    return {
-        "KEY_BLOCK": key,
-        "VALUE_BLOCK": min(value, X["bv"]),
-        "num_warps": X[w+"_w"],
-        "num_stages": X[w+"_s"],
-    }
+    if name in _TAKES_ALL_KEYS:
+        settings["KEY_BLOCK"] = key
+    elif config.key_block is not None:
+        settings["KEY_BLOCK"] = min(key, config.key_block)
+    if config.value_block is not None:
+        settings["VALUE_BLOCK"] = min(value, config.value_block)
+    return settings

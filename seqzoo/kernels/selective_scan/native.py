@@ -21,7 +21,8 @@ _BACKWARD = Function("selective_scan_backward")
 def selective_scan(x, dt, A, B, C, D, gate, dt_bias, state, starts):
     out, wide = x.dtype, accumulation_dtype(x)
     if out == torch.float16:
-        x, B, C, gate = (z if z is None else z.float() for z in (x, B, C, gate))
+        x, B, C = x.float(), B.float(), C.float()
+        gate = None if gate is None else gate.float()
     if dt.dtype not in (x.dtype, wide):
         dt = dt.to(wide)
     A, D, dt_bias, state = (z if z is None else z.to(wide) for z in (A, D, dt_bias, state))
