@@ -23,6 +23,9 @@ check: $(DEV)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
+kernels: $(TEST)
+	$(VENV)/bin/python scripts/compile_kernels.py --target sm_80 sm_90
+
 bench: $(TEST)
 	$(VENV)/bin/python scripts/bench.py
 

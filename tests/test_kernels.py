@@ -19,6 +19,8 @@ from seqzoo.kernels.chunks import UnitLowerInverse
 INTERPRETED = ("triton",)
 TIMES = (1, 3, 17, 63, 64, 100, 200)
 FEW_TIMES = (1, 70)
+# Made of other operators, whose kernels are tested by themselves.
+COMPOSED = ("gated_delta_product", "mlstm")
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 # The bound on relative errors where twice the reference's is less: three units in the last place of float32. There the
@@ -68,6 +70,8 @@ def interpreted_by_default(**values):
     """
     return pytest.mark.interpreted_by_default(**values)
 
+
+SINGLE = tuple(operator for operator in OPERATORS if operator not in COMPOSED)
 
 every = parametrize(with_variants(EVERY))
 others = parametrize(with_variants(OTHERS))
@@ -212,7 +216,7 @@ def test_equals_the_reference(operator, backend, variant, time, starts, state):
     assert_same(ours, truth_of(operator, variant, time, starts, dropped))
 
 
-@interpreted_by_default(groups=(2,))
+@interpreted_by_default()
 @pytest.mark.parametrize(("groups", "heads"), [(1, 1), (1, 4), (2, 4), (4, 4)])
 @parametrize(
     [case for case in with_variants(OTHERS) if "groups" in inspect.signature(equation(case[0]).example).parameters]
@@ -238,7 +242,7 @@ def test_short_conv_is_pytorchs_conv1d(backend, size, time):
     torch.testing.assert_close(last, seen[:, time:])
 
 
-@interpreted_by_default(starts=("many starts",), time=(70,))
+@interpreted_by_default(operator=SINGLE, starts=("many starts",), time=(70,))
 @parametrize(with_times(with_variants(OTHERS), [1, 63, 64, 100, 200]))
 @pytest.mark.parametrize("starts", ["no start", "many starts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -304,7 +308,7 @@ def strongly_decaying(operator, variant, where, amount, seed):
     return inputs
 
 
-@interpreted_by_default(where=("one token",), amount=(-1e4,))
+@interpreted_by_default(operator=SINGLE, where=("one token",), amount=(-1e4,))
 @pytest.mark.parametrize("amount", [-50.0, -1e4])
 @pytest.mark.parametrize("where", ["each token", "one token"])
 @gated
@@ -367,6 +371,7 @@ def test_writes_with_strength_up_to_two(operator, backend, variant):
     assert_same(*(differentiate(operator, name, wide) for name in (backend, "reference")))
 
 
+@interpreted_by_default(operator=SINGLE)
 @delta
 def test_repeated_keys_overwrite_each_other(operator, backend, variant):
     """The same key at each token, no decay: powers of the triangular matrix would pass 1e18."""
@@ -413,6 +418,7 @@ def test_rows_are_independent(operator, backend, variant):
     torch.testing.assert_close(tree_leaves(call(operator, backend, row, starts[1:])), tree_leaves(expected), **EXACT)
 
 
+@interpreted_by_default(operator=SINGLE)
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_outputs_have_the_dtype_of_the_inputs_and_states_at_least_float32(operator, backend, variant, dtype):
@@ -445,6 +451,7 @@ def compare_compiled(operator, backend, variant, compiler, time):
     assert_same(*(with_gradients(inputs, each) for each in results))
 
 
+@interpreted_by_default(operator=SINGLE)
 @parametrize(with_variants([*EVERY, *((operator, "auto") for operator in OPERATORS)]))
 def test_compiles_in_one_graph(operator, backend, variant):
     compare_compiled(operator, backend, variant, "aot_eager", 3)

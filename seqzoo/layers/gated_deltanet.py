@@ -42,7 +42,7 @@ class GatedDeltaNet(Mixer):
         conv_size: taps of the short convolution on queries, keys and values.
         use_gate: whether the normalised output is multiplied by ``silu(W x)``.
         norm_eps: added to the mean square in the output norm.
-        backend: ``auto``, ``chunked`` or ``reference``.
+        backend: ``auto``, or an implementation that all its operators have (see ``seqzoo layers``).
 
     Raises:
         ValueError: a size is below 1, or ``dim`` is too small for ``num_heads``.

@@ -41,7 +41,7 @@ class Mamba2(Mixer):
         num_groups: B and C are shared by the heads of a group; must divide the number of heads.
         conv_size: taps of the short convolution.
         norm_eps: added to the mean square in the gated norm.
-        backend: ``auto``, ``chunked`` or ``reference``.
+        backend: ``auto``, or an implementation that all its operators have (see ``seqzoo layers``).
 
     Raises:
         ValueError: sizes do not fit together.

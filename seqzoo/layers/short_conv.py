@@ -24,7 +24,7 @@ class ShortConv(Mixer):
     Args:
         dim: width of the input and output.
         conv_size: taps of the convolution, the current token included.
-        backend: ``auto``, ``chunked`` or ``reference``.
+        backend: ``auto``, or an implementation that all its operators have (see ``seqzoo layers``).
 
     Raises:
         ValueError: ``conv_size`` is below 1.

@@ -47,7 +47,7 @@ def dplr_delta_rule(
         log_decay: g, at most 0, for each channel of the keys.
         state: S after the tokens before, float32 (float64 for float64 inputs); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
-        backend: ``auto``, ``native``, ``chunked`` or ``reference``.
+        backend: ``auto`` or a name in ``IMPLEMENTATIONS``.
 
     Returns:
         o in the dtype of ``v``, and S after the last token.

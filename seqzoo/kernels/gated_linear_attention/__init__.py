@@ -56,7 +56,7 @@ def gated_linear_attention(
         state: S after the tokens before, float32 (float64 for float64 inputs); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
         bonus: u, which makes the output the one above.
-        backend: ``auto``, ``triton``, ``chunked`` or ``reference``.
+        backend: ``auto`` or a name in ``IMPLEMENTATIONS``.
 
     Returns:
         o in the dtype of ``v``, and S after the last token.

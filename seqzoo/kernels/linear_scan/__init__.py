@@ -42,7 +42,7 @@ def linear_scan(
         b: what is added. Complex (complex64 or complex128) where ``a`` is, and only there.
         state: h after the tokens before, float32 or complex64 (64 and 128 for inputs that are); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
-        backend: ``auto``, ``native``, ``triton``, ``chunked`` or ``reference``.
+        backend: ``auto`` or a name in ``IMPLEMENTATIONS``.
 
     Returns:
         h in the dtype of ``b``, and h after the last token in the state's.

@@ -54,7 +54,7 @@ def mlstm(
         log_forget: log f, at most 0: the logarithm of a sigmoid.
         state: C, n and m after the tokens before, float32 (float64 for float64 inputs); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
-        backend: ``auto``, ``reference`` or another name of ``IMPLEMENTATIONS``.
+        backend: ``auto`` or a name in ``IMPLEMENTATIONS``.
 
     Returns:
         h in the dtype of ``v``, and the state after the last token.

@@ -52,7 +52,7 @@ def selective_scan(
         dt_bias: added to ``dt`` before softplus; None for none.
         state: S after the tokens before, float32 (float64 for float64 inputs); None is zero.
         starts: True where a new document begins: the state is dropped before that token.
-        backend: ``auto``, ``reference``, ``chunked`` or ``native``.
+        backend: ``auto`` or a name in ``IMPLEMENTATIONS``.
 
     Returns:
         y in the dtype of ``x``, and S after the last token.

@@ -44,7 +44,7 @@ def short_conv(
         state: the last ``size - 1`` inputs of the open document, oldest first, zeros before its start; None is a start.
         starts: True where a new document begins.
         activation: applied last.
-        backend: ``auto``, ``native``, ``triton``, ``chunked`` or ``reference``.
+        backend: ``auto`` or a name in ``IMPLEMENTATIONS``.
 
     Returns:
         The outputs in the dtype of ``x``, and the new state.
