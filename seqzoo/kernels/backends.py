@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels import native, triton_support
+from seqzoo.kernels.torch_operators import constant_in_graphs
 
 # What ``auto`` tries on each kind of device before plain torch. Adapters of other packages run only when asked for.
 FUSED = {"cpu": ("native",), "cuda": ("triton",)}
@@ -34,7 +35,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return triton_support.missing(device) if backend == "triton" else None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 @cache
 def _warn_that_native_is_missing(reason: str) -> None:
     warnings.warn(f"seqzoo runs on the CPU without its native kernels, many times slower: {reason}", stacklevel=2)

@@ -26,12 +26,23 @@ arrive as zeros. No implementation may change its inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 _LIBRARY = torch.library.Library("seqzoo", "FRAGMENT")
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Let ``torch.compile`` call ``function`` while it traces, and keep its answer as a constant.
+
+    What ``torch.compiler.assume_constant_result`` does, which imports the compiler, a second's work.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
+    return function
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, device: str) -> Any:

@@ -13,6 +13,8 @@ import os
 import torch
 from torch import Tensor
 
+from seqzoo.kernels.torch_operators import constant_in_graphs
+
 # The first with tensor cores that multiply bfloat16; they are also what a GPU of CUDA's kind is asked to be.
 OLDEST_CAPABILITY = (8, 0)
 # For ``torch_operators.define``: kernels run on GPUs and, interpreted, on the CPU.
@@ -24,7 +26,7 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def missing(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of ``device``; None where they can."""
     if not _installed():

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from seqzoo.kernels.torch_operators import constant_in_graphs
+
 LIBRARIES = Path(__file__).parent / "lib"
 # From the plainest to the best, as in build.py, which may not be imported here: it is run as a program.
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
@@ -28,7 +30,7 @@ def missing() -> str | None:
     return _load()[1]
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def reason() -> str | None:
     """``missing()`` where torch.compile may trace: the answer becomes a constant of the graph."""
     return missing()
