@@ -102,7 +102,7 @@ def mambapy_selective_scan(x, dt, A, B, C, D, gate, dt_bias):
 
     step = F.softplus(dt + dt_bias)
     h = pscan((step[..., None] * A).exp(), step[..., None] * B[:, :, None] * x[..., None])
-    return ((h @ C[..., None])[..., 0] + D * x) * F.silu(gate)
+    return ((h @ C.to(h.dtype)[..., None])[..., 0] + D * x) * F.silu(gate)
 
 
 def transformers_selective_scan(x, dt, A, B, C, D, gate, dt_bias):
