@@ -76,6 +76,21 @@ def repair() -> None:
     for operation in (interpreter.ReduceOps, interpreter.ScanOps):
         operation.apply_impl = refuse(operation.apply_impl)
 
+    def scan(self, inputs):
+        # In as many steps as the length has bits, not one at a time for every number. A GPU sums in such an order too.
+        axis, size, step = self.axis, inputs[0].handle.data.shape[self.axis], 1
+        while step < size:
+            earlier = (self.to_tensor(np.roll(x.handle.data, step, axis), x.dtype) for x in inputs)
+            combined = self.combine_fn.fn(*earlier, *inputs)
+            combined = combined if isinstance(combined, tuple) else (combined,)
+            known = np.arange(size).reshape([-1] + [1] * (inputs[0].handle.data.ndim - axis - 1)) < step
+            pairs = zip(inputs, combined, strict=True)
+            inputs = [self.to_tensor(np.where(known, x.handle.data, y.handle.data), x.dtype) for x, y in pairs]
+            step *= 2
+        return list(inputs)
+
+    interpreter.ScanOps.generic_scan = scan
+
     def call(self, *args, **kwargs):
         # The kernel has patched most of the language by now; doing so again at each call takes most of the time.
         if any(tl.core.is_builtin(x.load) for x in self.fn.__globals__.values() if x is tl or x is tl.core):

@@ -45,6 +45,18 @@ def _mask(out, limit, SIZE: tl.constexpr):
     tl.store(out + at, at, mask=(at > 1) & (limit > 3))
 
 
+@triton.jit
+def _follow(decay, number, next_decay, next_number):
+    return decay * next_decay, next_decay * number + next_number
+
+
+@triton.jit
+def _scan(a, b, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AXIS: tl.constexpr, REVERSE: tl.constexpr):
+    at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)
+    _, total = tl.associative_scan((tl.load(a + at), tl.load(b + at)), AXIS, _follow, reverse=REVERSE)
+    tl.store(out + at, total)
+
+
 def draw(*shape):
     return torch.randn(shape).bfloat16()
 
@@ -82,3 +94,15 @@ def test_a_scalar_comparison_can_mask(limit):
     ours = torch.zeros(4, dtype=torch.int32)
     _mask[(1,)](ours, limit, 4)
     assert ours.tolist() == ([0, 0, 2, 3] if limit > 3 else [0] * 4)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scans(axis, reverse):
+    a, b = torch.randn(2, 16, 8, dtype=torch.float64)
+    ours = torch.empty_like(b)
+    _scan[(1,)](a, b, ours, 16, 8, axis, reverse)
+    steps, total = range(b.shape[axis]), 0
+    for step in reversed(steps) if reverse else steps:
+        total = a.select(axis, step) * total + b.select(axis, step)
+        torch.testing.assert_close(ours.select(axis, step), total)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqzoo.kernels import native, triton_support
+from seqzoo.kernels import adapters, native, triton_support
 from seqzoo.kernels.torch_operators import constant_in_graphs
 
 # What ``auto`` tries on each kind of device before plain torch. Adapters of other packages run only when asked for.
@@ -32,6 +32,8 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     """Why ``backend`` cannot run on tensors of this kind; None where it can."""
     if backend == "native":
         return native.reason() if device.type == "cpu" else f"its kernels are for CPUs, and the tensors are on {device}"
+    if backend in adapters.PACKAGES:
+        return adapters.missing(backend, device, dtype)
     return triton_support.missing(device) if backend == "triton" else None
 
 

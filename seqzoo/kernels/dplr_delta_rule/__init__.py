@@ -15,12 +15,13 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_kind, check_log_decay, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.dplr_delta_rule import chunked, native, reference
+from seqzoo.kernels.dplr_delta_rule import chunked, fla_adapter, native, reference
 
 IMPLEMENTATIONS = {
     "reference": reference.dplr_delta_rule,
     "chunked": chunked.dplr_delta_rule,
     "native": native.dplr_delta_rule,
+    "fla": fla_adapter.dplr_delta_rule,
 }
 
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_decay, check_heads, check_numbers, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.gated_delta_rule import chunked, native, reference, triton_op
+from seqzoo.kernels.gated_delta_rule import chunked, fla_adapter, native, reference, triton_op
 
 IMPLEMENTATIONS = {
     "reference": reference.gated_delta_rule,
     "chunked": chunked.gated_delta_rule,
     "native": native.gated_delta_rule,
     "triton": triton_op.gated_delta_rule,
+    "fla": fla_adapter.gated_delta_rule,
 }
 
 

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_heads, check_log_decay, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.gated_linear_attention import chunked, native, reference, triton_op
+from seqzoo.kernels.gated_linear_attention import chunked, fla_adapter, native, reference, triton_op
 
 IMPLEMENTATIONS = {
     "reference": reference.gated_linear_attention,
     "chunked": chunked.gated_linear_attention,
     "native": native.gated_linear_attention,
     "triton": triton_op.gated_linear_attention,
+    "fla": fla_adapter.gated_linear_attention,
 }
 
 

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.selective_scan import chunked, native, reference
+from seqzoo.kernels.selective_scan import chunked, mamba_ssm_adapter, native, reference, triton_op
 
 IMPLEMENTATIONS = {
     "reference": reference.selective_scan,
     "chunked": chunked.selective_scan,
     "native": native.selective_scan,
+    "triton": triton_op.selective_scan,
+    "mamba_ssm": mamba_ssm_adapter.selective_scan,
 }
 
 

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, choose
 from seqzoo.kernels.backends import explain as _explain
-from seqzoo.kernels.short_conv import chunked, native, reference, triton_op
+from seqzoo.kernels.short_conv import causal_conv1d_adapter, chunked, fla_adapter, native, reference, triton_op
 
 IMPLEMENTATIONS = {
     "reference": reference.short_conv,
     "chunked": chunked.short_conv,
     "native": native.short_conv,
     "triton": triton_op.short_conv,
+    "fla": fla_adapter.short_conv,
+    "causal_conv1d": causal_conv1d_adapter.short_conv,
 }
 
 
