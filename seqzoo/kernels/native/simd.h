@@ -277,10 +277,14 @@ SEQZOO_INLINE V exp(V x) {
         V n = shifted - ROUNDER;
         V r = fma(n, broadcast<V>(-LN2_LOW), fma(n, broadcast<V>(-LN2_HIGH), x));
         V y = fma(exp_tail(r), r * r, r) + 1.0f;
+#ifdef __AVX512F__
+        return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(y), bit_cast<__m512>(n)));
+#else
         // Two factors, because 2^n alone may pass the ends of the range where the result does not.
         Ints whole = bit_cast<Ints>(shifted) - bit_cast<Ints>(broadcast<V>(ROUNDER));
         Ints half = whole >> 1;
         return y * power_of_two(half) * power_of_two(whole - half);
+#endif
     }
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from seqzoo.kernels.native.tensors import DTYPES, Function, dense
+from seqzoo.kernels.native.tensors import DTYPES, Function, dense, fresh
 from seqzoo.kernels.torch_operators import define, differentiable
 
 _forward = Function("short_conv_forward")
@@ -34,6 +34,7 @@ def _run(x, weight, bias, state, starts, silu):
     x, weight, bias, state, starts = dense(x, weight, bias, state, starts)
     (batch, time, channels), size = x.shape, weight.shape[1]
     y, last = torch.empty_like(x), x.new_empty(batch, size - 1, channels)
+    fresh(y)
     sizes = batch, time, channels, size
     if x.numel():
         _forward(*_settings(x, weight, bias), x, weight, bias, state, starts, y, last, *sizes, silu)
@@ -48,6 +49,7 @@ def _run_backward(y_grad, last_grad, x, weight, bias, state, starts, silu):
     inputs = dense(y_grad, last_grad, x, weight, bias, state, starts)
     _, _, x, weight, bias, state, _ = inputs
     gradients = [x.new_empty(0) if z is None else torch.empty_like(z) for z in (x, weight, bias, state)]
+    fresh(gradients[0])
     sizes = *x.shape, weight.shape[1]
     if x.numel():
         _backward(*_settings(x, weight, bias), *inputs, *gradients, *sizes, silu)
