@@ -76,22 +76,31 @@ def choose(
     return backend
 
 
-def explain(
-    operator: str,
-    implementations: Mapping[str, Callable[..., Any]],
-    time: int,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> str:
-    """Which implementation ``auto`` takes for a call of ``time`` tokens, and why not the others."""
-    device = torch.device(device)
-    chosen = choose(operator, implementations, "auto", torch.empty(0, device=device, dtype=dtype), time)
-    lines = [f"{operator}, {time} token(s) of {str(dtype).removeprefix('torch.')} on {device.type}: {chosen}"]
-    for name in implementations:
-        if name != chosen:
-            reason = why_not(name, device, dtype) or WHY_NOT_AUTO.get(name, "runs only when it is asked for")
-            lines.append(f"  not {name}: {reason}")
-    return "\n".join(lines)
+def dispatch(
+    operator: str, implementations: Mapping[str, Callable[..., Any]], backend: str, sample: Tensor, *inputs: Any
+) -> Any:
+    """Call the implementation that ``backend`` asks for: ``choose`` for ``sample`` ``[batch, time, ...]``."""
+    run = implementations[choose(operator, implementations, backend, sample, sample.shape[1])]
+    # Autocast would round every product inside: the operator itself chooses the precision of each step.
+    with torch.autocast(sample.device.type, enabled=False):
+        return run(*inputs)
+
+
+def explained(operator: str, implementations: Mapping[str, Callable[..., Any]]) -> Callable[..., str]:
+    """The function ``explain`` of an operator's module."""
+
+    def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+        """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
+        device = torch.device(device)
+        chosen = choose(operator, implementations, "auto", torch.empty(0, device=device, dtype=dtype), time)
+        lines = [f"{operator}, {time} token(s) of {str(dtype).removeprefix('torch.')} on {device.type}: {chosen}"]
+        for name in implementations:
+            if name != chosen:
+                reason = why_not(name, device, dtype) or WHY_NOT_AUTO.get(name, "runs only when it is asked for")
+                lines.append(f"  not {name}: {reason}")
+        return "\n".join(lines)
+
+    return explain
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -9,12 +9,10 @@ a_t = e^{g_t} o (what they read with): Gated DeltaNet-2 is a = e^g o (b o k), b 
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_log_decay, check_numbers, check_shape, choose
-from seqzoo.kernels.backends import explain as _explain
+from seqzoo.kernels.backends import check_kind, check_log_decay, check_numbers, check_shape, dispatch, explained
 from seqzoo.kernels.dplr_delta_rule import chunked, fla_adapter, native, reference
 
 IMPLEMENTATIONS = {
@@ -23,6 +21,7 @@ IMPLEMENTATIONS = {
     "native": native.dplr_delta_rule,
     "fla": fla_adapter.dplr_delta_rule,
 }
+explain = explained("dplr_delta_rule", IMPLEMENTATIONS)
 
 
 def dplr_delta_rule(
@@ -68,12 +67,4 @@ def dplr_delta_rule(
     check_shape("dplr_delta_rule", "starts", starts, tuple(v.shape[:2]))
     check_log_decay("dplr_delta_rule", log_decay)
     check_numbers("dplr_delta_rule", starts, q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, state=state)
-    run = IMPLEMENTATIONS[choose("dplr_delta_rule", IMPLEMENTATIONS, backend, v, v.shape[1])]
-    # Autocast would round every product inside: the operator itself chooses the precision of each step.
-    with torch.autocast(v.device.type, enabled=False):
-        return run(q, k, v, a, b, log_decay, state, starts)
-
-
-def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("dplr_delta_rule", IMPLEMENTATIONS, time, device, dtype)
+    return dispatch("dplr_delta_rule", IMPLEMENTATIONS, backend, v, q, k, v, a, b, log_decay, state, starts)

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels import gated_delta_rule as _rule
-from seqzoo.kernels.backends import check_decay, check_heads, check_numbers, check_shape, choose
-from seqzoo.kernels.backends import explain as _explain
+from seqzoo.kernels.backends import check_decay, check_heads, check_numbers, check_shape, dispatch, explained
 from seqzoo.kernels.gated_delta_product import interleaved, reference
 
 IMPLEMENTATIONS = {"reference": reference.gated_delta_product} | {
@@ -24,6 +22,7 @@ IMPLEMENTATIONS = {"reference": reference.gated_delta_product} | {
     for name, rule in _rule.IMPLEMENTATIONS.items()
     if name != "reference"
 }
+explain = explained("gated_delta_product", IMPLEMENTATIONS)
 
 
 def gated_delta_product(
@@ -65,12 +64,4 @@ def gated_delta_product(
     check_decay(operator, log_decay, q, v[:, :, 0])
     check_shape(operator, "beta", beta, tuple(v.shape[:4]))
     check_numbers(operator, starts, q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
-    run = IMPLEMENTATIONS[choose(operator, IMPLEMENTATIONS, backend, v, v.shape[1])]
-    # Autocast would round every product inside: the operator itself chooses the precision of each step.
-    with torch.autocast(v.device.type, enabled=False):
-        return run(q, k, v, log_decay, beta, state, starts)
-
-
-def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("gated_delta_product", IMPLEMENTATIONS, time, device, dtype)
+    return dispatch(operator, IMPLEMENTATIONS, backend, v, q, k, v, log_decay, beta, state, starts)

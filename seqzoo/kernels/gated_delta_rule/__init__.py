@@ -9,12 +9,10 @@ shared by groups of consecutive heads.
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_decay, check_heads, check_numbers, choose
-from seqzoo.kernels.backends import explain as _explain
+from seqzoo.kernels.backends import check_decay, check_heads, check_numbers, dispatch, explained
 from seqzoo.kernels.gated_delta_rule import chunked, fla_adapter, native, reference, triton_op
 
 IMPLEMENTATIONS = {
@@ -24,6 +22,7 @@ IMPLEMENTATIONS = {
     "triton": triton_op.gated_delta_rule,
     "fla": fla_adapter.gated_delta_rule,
 }
+explain = explained("gated_delta_rule", IMPLEMENTATIONS)
 
 
 def gated_delta_rule(
@@ -58,12 +57,4 @@ def gated_delta_rule(
     check_heads("gated_delta_rule", q, k, v, {"beta": beta}, state, starts)
     check_decay("gated_delta_rule", log_decay, q, v)
     check_numbers("gated_delta_rule", starts, q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
-    run = IMPLEMENTATIONS[choose("gated_delta_rule", IMPLEMENTATIONS, backend, v, v.shape[1])]
-    # Autocast would round every product inside: the operator itself chooses the precision of each step.
-    with torch.autocast(v.device.type, enabled=False):
-        return run(q, k, v, log_decay, beta, state, starts)
-
-
-def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("gated_delta_rule", IMPLEMENTATIONS, time, device, dtype)
+    return dispatch("gated_delta_rule", IMPLEMENTATIONS, backend, v, q, k, v, log_decay, beta, state, starts)

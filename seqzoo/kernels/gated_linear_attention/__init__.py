@@ -19,12 +19,10 @@ Queries and keys may be shared by groups of consecutive heads.
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_heads, check_log_decay, check_numbers, check_shape, choose
-from seqzoo.kernels.backends import explain as _explain
+from seqzoo.kernels.backends import check_heads, check_log_decay, check_numbers, check_shape, dispatch, explained
 from seqzoo.kernels.gated_linear_attention import chunked, fla_adapter, native, reference, triton_op
 
 IMPLEMENTATIONS = {
@@ -34,6 +32,7 @@ IMPLEMENTATIONS = {
     "triton": triton_op.gated_linear_attention,
     "fla": fla_adapter.gated_linear_attention,
 }
+explain = explained("gated_linear_attention", IMPLEMENTATIONS)
 
 
 def gated_linear_attention(
@@ -71,12 +70,4 @@ def gated_linear_attention(
     check_shape("gated_linear_attention", "bonus", bonus, (v.shape[2], q.shape[3]))
     check_log_decay("gated_linear_attention", log_decay)
     check_numbers("gated_linear_attention", starts, q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, state=state)
-    run = IMPLEMENTATIONS[choose("gated_linear_attention", IMPLEMENTATIONS, backend, v, v.shape[1])]
-    # Autocast would round every product inside: the operator itself chooses the precision of each step.
-    with torch.autocast(v.device.type, enabled=False):
-        return run(q, k, v, log_decay, bonus, state, starts)
-
-
-def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("gated_linear_attention", IMPLEMENTATIONS, time, device, dtype)
+    return dispatch("gated_linear_attention", IMPLEMENTATIONS, backend, v, q, k, v, log_decay, bonus, state, starts)

@@ -10,12 +10,10 @@ factors such as 1 - a from the gate's logits (``expm1``) instead of from the rou
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Inexact
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, choose
-from seqzoo.kernels.backends import explain as _explain
+from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, dispatch, explained
 from seqzoo.kernels.linear_scan import chunked, native, reference, triton_op
 
 IMPLEMENTATIONS = {
@@ -24,6 +22,7 @@ IMPLEMENTATIONS = {
     "native": native.linear_scan,
     "triton": triton_op.linear_scan,
 }
+explain = explained("linear_scan", IMPLEMENTATIONS)
 
 
 def linear_scan(
@@ -66,12 +65,4 @@ def linear_scan(
         )
     check_kind("linear_scan", "b", b)
     check_numbers("linear_scan", starts, complex_too=True, a=a, b=b, state=state)
-    run = IMPLEMENTATIONS[choose("linear_scan", IMPLEMENTATIONS, backend, b, time)]
-    # Autocast would round every product inside: the operator itself chooses the precision of each step.
-    with torch.autocast(b.device.type, enabled=False):
-        return run(a, b, state, starts)
-
-
-def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("linear_scan", IMPLEMENTATIONS, time, device, dtype)
+    return dispatch("linear_scan", IMPLEMENTATIONS, backend, b, a, b, state, starts)

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
-from seqzoo.kernels.backends import check_heads, check_numbers, check_shape, choose
-from seqzoo.kernels.backends import explain as _explain
+from seqzoo.kernels.backends import check_heads, check_numbers, check_shape, dispatch, explained
 from seqzoo.kernels.mlstm import native, reference, stabilized
 from seqzoo.kernels.mlstm.reference import MLSTMState
 
@@ -31,6 +29,7 @@ IMPLEMENTATIONS = {"reference": reference.mlstm} | {
     for name, run in _gated_linear_attention.IMPLEMENTATIONS.items()
     if name != "reference"
 }
+explain = explained("mlstm", IMPLEMENTATIONS)
 
 
 def mlstm(
@@ -71,12 +70,4 @@ def mlstm(
         check_shape("mlstm", "state.stabilizer", state.stabilizer, (batch, heads))
     states = {} if state is None else state._asdict()
     check_numbers("mlstm", starts, q=q, k=k, v=v, input_gate=input_gate, log_forget=log_forget, **states)
-    run = IMPLEMENTATIONS[choose("mlstm", IMPLEMENTATIONS, backend, v, v.shape[1])]
-    # Autocast would round every product inside: the operator itself chooses the precision of each step.
-    with torch.autocast(v.device.type, enabled=False):
-        return run(q, k, v, input_gate, log_forget, state, starts)
-
-
-def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("mlstm", IMPLEMENTATIONS, time, device, dtype)
+    return dispatch("mlstm", IMPLEMENTATIONS, backend, v, q, k, v, input_gate, log_forget, state, starts)

@@ -10,12 +10,10 @@ is discretised by Euler's rule, not exactly.
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, choose
-from seqzoo.kernels.backends import explain as _explain
+from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, dispatch, explained
 from seqzoo.kernels.selective_scan import chunked, mamba_ssm_adapter, native, reference, triton_op
 
 IMPLEMENTATIONS = {
@@ -25,6 +23,7 @@ IMPLEMENTATIONS = {
     "triton": triton_op.selective_scan,
     "mamba_ssm": mamba_ssm_adapter.selective_scan,
 }
+explain = explained("selective_scan", IMPLEMENTATIONS)
 
 
 def selective_scan(
@@ -80,12 +79,4 @@ def selective_scan(
     check_shape("selective_scan", "starts", starts, (batch, time))
     check_kind("selective_scan", "x", x, B=B, C=C, gate=gate)
     check_numbers("selective_scan", starts, x=x, dt=dt, A=A, B=B, C=C, D=D, gate=gate, dt_bias=dt_bias, state=state)
-    run = IMPLEMENTATIONS[choose("selective_scan", IMPLEMENTATIONS, backend, x, time)]
-    # Autocast would round every product inside: the operator itself chooses the precision of each step.
-    with torch.autocast(x.device.type, enabled=False):
-        return run(x, dt, A, B, C, D, gate, dt_bias, state, starts)
-
-
-def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("selective_scan", IMPLEMENTATIONS, time, device, dtype)
+    return dispatch("selective_scan", IMPLEMENTATIONS, backend, x, x, dt, A, B, C, D, gate, dt_bias, state, starts)

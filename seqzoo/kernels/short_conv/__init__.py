@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, choose
-from seqzoo.kernels.backends import explain as _explain
+from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, dispatch, explained
 from seqzoo.kernels.short_conv import causal_conv1d_adapter, chunked, fla_adapter, native, reference, triton_op
 
 IMPLEMENTATIONS = {
@@ -25,6 +23,7 @@ IMPLEMENTATIONS = {
     "fla": fla_adapter.short_conv,
     "causal_conv1d": causal_conv1d_adapter.short_conv,
 }
+explain = explained("short_conv", IMPLEMENTATIONS)
 
 
 def short_conv(
@@ -67,10 +66,4 @@ def short_conv(
     check_shape("short_conv", "starts", starts, (batch, time))
     check_kind("short_conv", "x", x)
     check_numbers("short_conv", starts, x=x, weight=weight, bias=bias, state=state)
-    run = IMPLEMENTATIONS[choose("short_conv", IMPLEMENTATIONS, backend, x, time)]
-    return run(x, weight, bias, state, starts, activation)
-
-
-def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
-    return _explain("short_conv", IMPLEMENTATIONS, time, device, dtype)
+    return dispatch("short_conv", IMPLEMENTATIONS, backend, x, x, weight, bias, state, starts, activation)
