@@ -23,7 +23,7 @@ def layers() -> None:
         column.overflow = "fold"
     for family, members in FAMILIES.items():
         for layer in members:
-            facts = [_paper(layer), f"state: {layer.state_formula}"]
+            facts = [", ".join(cite(layer)[1:]), f"state: {layer.state_formula}"]
             facts += [f"{name}: {', '.join(OPERATORS[name])}" for name in layer.operators]
             table.add_row(f"{layer.__name__}\n{family}", "\n".join(facts), end_section=True)
     Console().print(table)
@@ -99,8 +99,10 @@ def generate(
     print()
 
 
-def _paper(layer: type[Mixer]) -> str:
-    """What the first line of a layer's file cites."""
-    first = (inspect.getdoc(inspect.getmodule(layer)) or "").splitlines()[0]
-    cited = re.search(r"\(([^()]+?), (https?://[^)]+)\)", first)
-    return f"{cited[1]}, {cited[2]}" if cited else first
+def cite(layer: type[Mixer]) -> tuple[str, str, str]:
+    """The idea, the authors and year, and the link that the first line of a layer's file gives."""
+    first = (inspect.getdoc(inspect.getmodule(layer)) or "").partition("\n")[0]
+    found = re.fullmatch(r"(.+) \((.+ \d{4}), (https?://\S+)\)\.", first)
+    if not found:
+        raise ValueError(f"{layer.__module__} opens with {first!r}; expected 'Idea (Authors YEAR, https://link).'")
+    return found[1], found[2], found[3]

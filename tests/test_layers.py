@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import docstring_parser
+import list_layers
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -458,6 +459,11 @@ def test_the_constructor_is_the_config(layer):
         assert setting.kind is inspect.Parameter.KEYWORD_ONLY, f"{setting} can be given without its name"
         assert setting.default is not inspect.Parameter.empty, f"{setting} has no default"
         assert setting.name in types, f"{setting} has no type"
+
+
+def test_the_readme_and_the_documentation_list_every_layer():
+    for path, text in list_layers.written().items():
+        assert path.read_text() == text, f"{path.name} is stale: python scripts/list_layers.py writes it"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
