@@ -427,8 +427,8 @@ def test_outputs_have_the_dtype_of_the_inputs_and_states_at_least_float32(operat
     y, state = call(operator, backend, inputs)
     assert y.dtype == tree_leaves(inputs)[0].dtype
     assert [z.dtype for z in tree_leaves(state)] == [z.dtype for z in tree_leaves(inputs["state"])]
-    # The convolution's state is inputs, not sums: nothing is lost by keeping it narrow.
-    wide = dtype if operator == "short_conv" else torch.promote_types(dtype, torch.float32)
+    # A convolution's state is inputs, not sums: nothing is lost by keeping it narrow.
+    wide = dtype if operator.endswith("conv") else torch.promote_types(dtype, torch.float32)
     assert {z.real.dtype for z in tree_leaves(state)} == {wide}
 
 

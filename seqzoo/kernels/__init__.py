@@ -9,6 +9,7 @@ from seqzoo.kernels import gated_delta_product as _gated_delta_product
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
 from seqzoo.kernels import linear_scan as _linear_scan
+from seqzoo.kernels import long_conv as _long_conv
 from seqzoo.kernels import mlstm as _mlstm
 from seqzoo.kernels import selective_scan as _selective_scan
 from seqzoo.kernels import short_conv as _short_conv
@@ -24,5 +25,6 @@ OPERATORS = {
     "mlstm": _mlstm.IMPLEMENTATIONS,
     "gated_delta_rule": _gated_delta_rule.IMPLEMENTATIONS,
     "gated_delta_product": _gated_delta_product.IMPLEMENTATIONS,
+    "long_conv": _long_conv.IMPLEMENTATIONS,
     "dplr_delta_rule": _dplr_delta_rule.IMPLEMENTATIONS,
 }
