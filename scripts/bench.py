@@ -10,10 +10,11 @@ import argparse
 import functools
 import importlib
 import multiprocessing
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import operator_peers as peers
@@ -244,15 +245,22 @@ def one_step(console: Console) -> None:
     console.print(table)
 
 
+def _resident(kind: str) -> int:
+    """Bytes of this process in memory: now (``VmRSS``), or the most since the mark was reset (``VmHWM``)."""
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
 def _peak(case: Case, name: str, length: int, dtype: torch.dtype, threads: int, answer: Any) -> None:
     torch.set_num_threads(threads)
     run = {"seqzoo": operator_of(case)}.get(name) or getattr(peers, name)
     forward_and_backward(run, draw(case, 128, dtype))()
-    inputs = draw(case, length, dtype)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.perf_counter()
-    forward_and_backward(run, inputs)()
-    answer.put((time.perf_counter() - begin, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
+    once = forward_and_backward(run, draw(case, length, dtype))
+    Path("/proc/self/clear_refs").write_text("5")  # resets the mark
+    before, begin = _resident("VmRSS"), time.perf_counter()
+    once()
+    answer.put((time.perf_counter() - begin, _resident("VmHWM") - before))
 
 
 def peak(case: Case, name: str, length: int, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
@@ -347,7 +355,7 @@ def main() -> None:
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     torch.set_num_threads(THREADS)
-    console = Console()
+    console = Console(width=max(Console().width, 170))
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for part in chosen:
         console.print(f"\n[bold]{(PARTS[part].__doc__ or '').strip()}[/bold]")
