@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from seqzoo.parts.glu import GatedLinear
+
 State = TypeVar("State")
 
 
@@ -73,12 +75,15 @@ class Mixer(nn.Module):
     def scale_output(self, factor: float) -> None:
         """Multiply the output projection by ``factor``: how the stack keeps deep residual streams at unit scale."""
         out = getattr(self, "out", None)
+        if isinstance(out, GatedLinear):
+            return out.scale_output(factor)
         if not isinstance(out, nn.Linear):
             raise ValueError(
                 f"{type(self).__name__} has no output projection 'self.out' (an nn.Linear) to scale with depth; "
                 "name its last projection 'out', or override scale_output()"
             )
-        out.weight.mul_(factor)
+        for parameter in out.parameters():
+            parameter.mul_(factor)
 
 
 def reset_parameters(module: nn.Module) -> None:

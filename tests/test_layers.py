@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from seqzoo import Mixer, clone_state, detach_state, layers, measure_state, starts_from_cu_seqlens
 from seqzoo.kernels import OPERATORS
-from seqzoo.layers import FAMILIES, LAYERS, Attention, GatedDeltaNet, Mamba2, ShortConv, SwiGLU
+from seqzoo.layers import FAMILIES, LAYERS, Attention, GatedDeltaNet, Hyena, LongConv, Mamba2, SGConv, ShortConv, SwiGLU
 from seqzoo.parts.key_value_memory import KeyValueBuffer
 
 DIM, BATCH, TIME = 32, 2, 70
@@ -40,6 +40,12 @@ VARIANTS = [
     partial(ShortConv, conv_size=5),
     partial(ShortConv, conv_size=1),
     partial(ShortConv, backend="reference"),
+    partial(Hyena, max_length=40, order=3, conv_size=2, filter_width=5, filter_features=3, filter_frequency=1.0),
+    partial(Hyena, max_length=40, backend="reference"),
+    partial(LongConv, max_length=40, squash=0.001),
+    partial(LongConv, max_length=1, backend="reference"),
+    partial(SGConv, max_length=40, kernel_dim=5, decay_min=1.5, decay_max=2.5),
+    partial(SGConv, max_length=5, kernel_dim=5, backend="reference"),
     partial(SwiGLU, hidden=24),
 ]
 DEFAULTS = [partial(layer) for layer in LAYERS]

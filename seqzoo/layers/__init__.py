@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 from seqzoo.layers.attention import Attention
 from seqzoo.layers.gated_deltanet import GatedDeltaNet
+from seqzoo.layers.hyena import Hyena
+from seqzoo.layers.long_conv import LongConv
 from seqzoo.layers.mamba2 import Mamba2
+from seqzoo.layers.sgconv import SGConv
 from seqzoo.layers.short_conv import ShortConv
 from seqzoo.layers.swiglu import SwiGLU
 
@@ -14,13 +17,24 @@ FAMILIES = {
     "attention": (Attention,),
     "state space": (Mamba2,),
     "delta rule": (GatedDeltaNet,),
-    "convolution": (ShortConv,),
+    "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (SwiGLU,),
 }
 
 LAYERS = tuple(layer for family in FAMILIES.values() for layer in family)
 
-__all__ = ["FAMILIES", "LAYERS", "Attention", "GatedDeltaNet", "Mamba2", "ShortConv", "SwiGLU"]
+__all__ = [
+    "FAMILIES",
+    "LAYERS",
+    "Attention",
+    "GatedDeltaNet",
+    "Hyena",
+    "LongConv",
+    "Mamba2",
+    "SGConv",
+    "ShortConv",
+    "SwiGLU",
+]
 
 if not TYPE_CHECKING:
 

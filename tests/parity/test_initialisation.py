@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqzoo.layers import GatedDeltaNet, Mamba2, ShortConv
+from seqzoo.layers import GatedDeltaNet, Hyena, LongConv, Mamba2, SGConv, ShortConv
 from seqzoo.mixer import reset_parameters
 from seqzoo.parts.decay import SMALLEST_STEP, SoftplusDecay
 
@@ -91,3 +91,15 @@ def test_projections_have_the_official_widths(start):
     delta = start(GatedDeltaNet, 64, num_heads=4)
     assert (delta.key_dim, delta.value_dim) == (12, 24)  # 0.75 D keys and 1.5 D values in all
     assert len(delta.conv.weight) == 4 * (12 + 12 + 24)
+
+
+def test_long_filters_start_as_the_official_ones(start):
+    hyena, long_conv, sgconv = start(Hyena, 256), start(LongConv, 512), start(SGConv, 512)
+    assert (hyena.filter.frequency == 14).all()
+    for layer in (hyena.filter, long_conv, sgconv):
+        assert abs(layer.skip.mean()) < 0.2 and abs(layer.skip.std() - 1) < 0.1
+    first, middle = long_conv.kernel[:, :64], long_conv.kernel[:, 480:544]
+    assert abs(first[0].std() - 0.02) < 0.01 and abs(middle[:8].std() / first[:8].std() - math.exp(-0.5)) < 0.15
+    assert middle[-8:].std() < 1e-6 * first[-8:].std() or not middle[-8:].any()  # e^{-256 / 2}
+    assert sgconv.scales.shape == (5, 512, 64) and abs(sgconv.scales.std() - 1) < 0.02
+    torch.testing.assert_close((sgconv._stretch() / sgconv.norm).norm(dim=1), torch.ones(512))

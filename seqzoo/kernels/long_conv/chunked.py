@@ -32,7 +32,8 @@ def long_conv(x, kernel, state, starts):
                 y = y + reached.masked_fill(document[:, None] > 0, 0)
             seen = seen.masked_fill(document[:, -1:, None] > 0, 0)
             x = x.masked_fill((document < document[:, -1:])[..., None], 0)
-        return y.mT.to(x.dtype), torch.cat([seen, x.to(dtype)], 1)[:, x.shape[1] :]
+        time = x.shape[1]
+        return y.mT.to(x.dtype), torch.cat([seen[:, time:], x[:, max(time - history, 0) :].to(dtype)], 1)
 
     y, last = by_segments(run, (x,), past, starts, max(SEGMENT, filters.shape[1]))
     return y, last.to(x.dtype if state is None else state.dtype)
