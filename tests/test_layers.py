@@ -19,7 +19,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from seqzoo import Mixer, clone_state, detach_state, layers, measure_state, starts_from_cu_seqlens
 from seqzoo.kernels import OPERATORS
-from seqzoo.layers import FAMILIES, LAYERS, Attention, GatedDeltaNet, Hyena, LongConv, Mamba2, SGConv, ShortConv, SwiGLU
+from seqzoo.layers import (
+    FAMILIES,
+    LAYERS,
+    Attention,
+    GatedDeltaNet,
+    Hyena,
+    LongConv,
+    Mamba,
+    Mamba2,
+    SGConv,
+    ShortConv,
+    SwiGLU,
+)
 from seqzoo.parts.key_value_memory import KeyValueBuffer
 
 DIM, BATCH, TIME = 32, 2, 70
@@ -32,6 +44,9 @@ VARIANTS = [
     partial(Attention, window=5, sinks=2),
     partial(Attention, window=100, sinks=3, num_kv_heads=1),
     partial(Attention, window=5, positions="none"),
+    partial(Mamba, state_size=5, expand=1, step_rank=3, conv_size=2),
+    partial(Mamba, parameter_norm="fixed", norm_eps=1e-3),
+    partial(Mamba, parameter_norm="learned", backend="reference"),
     partial(Mamba2, state_size=6, head_dim=8, num_groups=2, norm_eps=1e-3),
     partial(Mamba2, state_size=6, head_dim=16, expand=1, conv_size=1),
     partial(Mamba2, state_size=6, backend="reference"),
@@ -515,7 +530,7 @@ def test_no_layer_imports_another(path):
 
 @pytest.mark.parametrize(
     ("name", "answer"),
-    [("Atention", "did you mean Attention"), ("Mamba", "did you mean Mamba2"), ("Zzz", "there are Attention, ")],
+    [("Atention", "did you mean Attention"), ("Mamba4", "did you mean Mamba"), ("Zzz", "there are Attention, ")],
 )
 def test_the_catalogue_answers_a_misspelling(name, answer):
     with pytest.raises(AttributeError, match=answer):
@@ -535,6 +550,11 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: Attention(32, positions="alibi"), ["positions='alibi'", "'rope'", "'none'"]),
         (lambda: Attention(12, num_heads=4), ["dim/num_heads=3", "odd", "rotary"]),
         (lambda: Attention(32, max_length=0), ["max_length=0", "1 or more", "None"]),
+        (lambda: Mamba(32, state_size=0), ["state_size=0", "1 or more"]),
+        (lambda: Mamba(32, expand=0), ["expand=0", "1 or more"]),
+        (lambda: Mamba(32, step_rank=0), ["step_rank=0", "1 or more"]),
+        (lambda: Mamba(32, conv_size=0), ["conv_size=0", "at least 1"]),
+        (lambda: Mamba(32, parameter_norm="yes"), ["parameter_norm='yes'", "'none'", "'fixed'", "'learned'"]),
         (lambda: Mamba2(32, head_dim=48), ["head_dim=48", "64"]),
         (lambda: Mamba2(32, head_dim=0), ["head_dim=0", "64"]),
         (lambda: Mamba2(32, expand=0), ["expand", "0"]),

@@ -8,6 +8,7 @@ from seqzoo.layers.attention import Attention
 from seqzoo.layers.gated_deltanet import GatedDeltaNet
 from seqzoo.layers.hyena import Hyena
 from seqzoo.layers.long_conv import LongConv
+from seqzoo.layers.mamba import Mamba
 from seqzoo.layers.mamba2 import Mamba2
 from seqzoo.layers.sgconv import SGConv
 from seqzoo.layers.short_conv import ShortConv
@@ -15,7 +16,7 @@ from seqzoo.layers.swiglu import SwiGLU
 
 FAMILIES = {
     "attention": (Attention,),
-    "state space": (Mamba2,),
+    "state space": (Mamba, Mamba2),
     "delta rule": (GatedDeltaNet,),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (SwiGLU,),
@@ -30,6 +31,7 @@ __all__ = [
     "GatedDeltaNet",
     "Hyena",
     "LongConv",
+    "Mamba",
     "Mamba2",
     "SGConv",
     "ShortConv",

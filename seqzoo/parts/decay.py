@@ -13,6 +13,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 SMALLEST_STEP = 1e-4
+STEP_RANGE = (1e-3, 1e-1)
+
+
+@torch.no_grad()
+def draw_step_bias(bias: Tensor, step_range: tuple[float, float] = STEP_RANGE) -> None:
+    """Fill ``bias`` so that its softplus is log-uniform in ``step_range``, and never below ``SMALLEST_STEP``."""
+    low, high = (math.log(bound) for bound in step_range)
+    step = bias.uniform_(low, high).exp_().clamp_(min=SMALLEST_STEP)
+    step.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
 class SoftplusDecay(nn.Module):
@@ -29,7 +38,7 @@ class SoftplusDecay(nn.Module):
         num_heads: int,
         *,
         rate_range: tuple[float, float],
-        step_range: tuple[float, float] = (1e-3, 1e-1),
+        step_range: tuple[float, float] = STEP_RANGE,
     ) -> None:
         super().__init__()
         self.rate_range, self.step_range = rate_range, step_range
@@ -40,9 +49,7 @@ class SoftplusDecay(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.A_log.uniform_(*self.rate_range).log_()
-        low, high = (math.log(bound) for bound in self.step_range)
-        step = self.dt_bias.uniform_(low, high).exp_().clamp_(min=SMALLEST_STEP)
-        step.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        draw_step_bias(self.dt_bias, self.step_range)
 
     def forward(
         self, x: Float[Tensor, "batch time head"]

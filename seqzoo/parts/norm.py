@@ -15,28 +15,31 @@ def l2_normalize(x: Float[Tensor, "... dim"], eps: float = 1e-6) -> Float[Tensor
 
 
 class GroupRMSNorm(nn.Module):
-    """RMS normalisation over each of ``groups`` equal parts of the last axis, then one learned scale a channel.
+    """RMS normalisation over each of ``groups`` equal parts of the last axis, then one scale a channel.
 
     Args:
         dim: width.
         groups: parts that are normalised apart; must divide ``dim``.
         eps: added to the mean square.
+        learned: whether there are scales, which are learned.
 
     Raises:
         ValueError: ``groups`` does not divide ``dim``.
     """
 
-    def __init__(self, dim: int, *, groups: int = 1, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, *, groups: int = 1, eps: float = 1e-5, learned: bool = True) -> None:
         super().__init__()
         if groups < 1 or dim % groups:
             raise ValueError(f"groups={groups} does not divide the width {dim}")
         self.groups, self.eps = groups, eps
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.empty(dim)) if learned else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
         parts = x.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype)
+        y = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
+        return y if self.weight is None else y * self.weight.to(x.dtype)

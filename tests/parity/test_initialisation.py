@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqzoo.layers import GatedDeltaNet, Hyena, LongConv, Mamba2, SGConv, ShortConv
+from seqzoo.layers import GatedDeltaNet, Hyena, LongConv, Mamba, Mamba2, SGConv, ShortConv
 from seqzoo.mixer import reset_parameters
 from seqzoo.parts.decay import SMALLEST_STEP, SoftplusDecay
 
@@ -64,7 +64,8 @@ def test_norms_and_skips_are_one(start):
 
 
 @pytest.mark.parametrize(
-    ("layer", "size", "has_bias"), [(Mamba2, 4, True), (GatedDeltaNet, 4, False), (ShortConv, 3, False)]
+    ("layer", "size", "has_bias"),
+    [(Mamba, 4, True), (Mamba2, 4, True), (GatedDeltaNet, 4, False), (ShortConv, 3, False)],
 )
 def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
     """``nn.Conv1d`` with a group for each channel: uniform up to one over the root of the taps, bias and all."""
@@ -78,7 +79,7 @@ def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
 
 
 def test_projections_have_no_bias(start):
-    for layer in (Mamba2, GatedDeltaNet, ShortConv):
+    for layer in (Mamba, Mamba2, GatedDeltaNet, ShortConv):
         for name, module in start(layer, 64).named_modules():
             assert not isinstance(module, nn.Linear) or module.bias is None, name
 
@@ -91,6 +92,18 @@ def test_projections_have_the_official_widths(start):
     delta = start(GatedDeltaNet, 64, num_heads=4)
     assert (delta.key_dim, delta.value_dim) == (12, 24)  # 0.75 D keys and 1.5 D values in all
     assert len(delta.conv.weight) == 4 * (12 + 12 + 24)
+
+
+def test_mamba(start):
+    """Rates 1 to N, steps as Mamba-2's, made from R = D / 16 numbers with weights up to one over the root of R."""
+    mamba = start(Mamba, 500, state_size=7, parameter_norm="learned")
+    rates = torch.arange(1.0, 8.0).expand(1000, 7)
+    torch.testing.assert_close(mamba.A_log.exp(), rates)
+    assert_uniform(F.softplus(mamba.dt_bias.detach()).log(), math.log(1e-3), math.log(1e-1))
+    assert mamba.step.weight.shape == (1000, 32) and mamba.step_write_read.weight.shape == (32 + 7 + 7, 1000)
+    assert_uniform(mamba.step.weight.detach(), -(32**-0.5), 32**-0.5)
+    for parameter in (mamba.skip, *mamba.norms.parameters()):
+        assert (parameter == 1).all()
 
 
 def test_long_filters_start_as_the_official_ones(start):
