@@ -21,7 +21,7 @@ from torch import nn
 from seqzoo import LanguageModel, Mixer, load_model
 from seqzoo.data import TextData, fixed_loader
 from seqzoo.layers import LAYERS, Attention, GatedDeltaNet, Mamba2
-from seqzoo.mixer import NoState
+from seqzoo.mixer import NoState, named_mixers
 from seqzoo.models.language_model import IGNORED
 from seqzoo.tasks import MQARData, Segment
 from seqzoo.training import LanguageModeling, RandomState
@@ -123,14 +123,17 @@ def fit(module, data, folder, *, callbacks=(), checkpoint=None, **settings) -> L
 # Optimizer
 
 
-def test_matrices_decay_and_all_else_does_not():
+def test_matrices_decay_unless_their_mixer_says_no_and_all_else_does_not():
     layers = {layer.__name__: layer for layer in LAYERS}
     net = LanguageModel(pattern=list(layers), layers=layers, dim=128)
     decay, keep = ({id(p) for p in group["params"]} for group in parameter_groups(net, 0.1))
     seen = {"Linear": 0, "norm": 0, "A_log": 0, "dt_bias": 0, "skip": 0, "bias": 0}
+    exempt = {
+        id(p) for _, mixer in named_mixers(net) for name, p in mixer.named_parameters() if name in mixer.no_weight_decay
+    }
     for module in net.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            assert id(module.weight) in decay
+            assert id(module.weight) in (keep if id(module.weight) in exempt else decay)
             seen["Linear"] += 1
     for name, parameter in net.named_parameters():
         kinds = [kind for kind in seen if name.rpartition(".")[2] == kind or ("norm" in name and kind == "norm")]

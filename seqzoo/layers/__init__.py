@@ -10,6 +10,8 @@ from seqzoo.layers.hyena import Hyena
 from seqzoo.layers.long_conv import LongConv
 from seqzoo.layers.mamba import Mamba
 from seqzoo.layers.mamba2 import Mamba2
+from seqzoo.layers.min_gru import MinGRU
+from seqzoo.layers.rg_lru import RGLRU
 from seqzoo.layers.sgconv import SGConv
 from seqzoo.layers.short_conv import ShortConv
 from seqzoo.layers.swiglu import SwiGLU
@@ -17,6 +19,7 @@ from seqzoo.layers.swiglu import SwiGLU
 FAMILIES = {
     "attention": (Attention,),
     "state space": (Mamba, Mamba2),
+    "linear recurrence": (MinGRU, RGLRU),
     "delta rule": (GatedDeltaNet,),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (SwiGLU,),
@@ -27,12 +30,14 @@ LAYERS = tuple(layer for family in FAMILIES.values() for layer in family)
 __all__ = [
     "FAMILIES",
     "LAYERS",
+    "RGLRU",
     "Attention",
     "GatedDeltaNet",
     "Hyena",
     "LongConv",
     "Mamba",
     "Mamba2",
+    "MinGRU",
     "SGConv",
     "ShortConv",
     "SwiGLU",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqzoo.layers import GatedDeltaNet, Hyena, LongConv, Mamba, Mamba2, SGConv, ShortConv
+from seqzoo.layers import RGLRU, GatedDeltaNet, Hyena, LongConv, Mamba, Mamba2, MinGRU, SGConv, ShortConv
 from seqzoo.mixer import reset_parameters
 from seqzoo.parts.decay import SMALLEST_STEP, SoftplusDecay
 
@@ -79,7 +79,7 @@ def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
 
 
 def test_projections_have_no_bias(start):
-    for layer in (Mamba, Mamba2, GatedDeltaNet, ShortConv):
+    for layer in (Mamba, Mamba2, GatedDeltaNet, MinGRU, ShortConv):
         for name, module in start(layer, 64).named_modules():
             assert not isinstance(module, nn.Linear) or module.bias is None, name
 
@@ -104,6 +104,18 @@ def test_mamba(start):
     assert_uniform(mamba.step.weight.detach(), -(32**-0.5), 32**-0.5)
     for parameter in (mamba.skip, *mamba.norms.parameters()):
         assert (parameter == 1).all()
+
+
+def test_rg_lru(start):
+    """An open gate decays as e^{-8 softplus(rate)}: its eighth root starts uniform by area on a ring, 0.9 to 0.999."""
+    layer = start(RGLRU, 512, width=2048, num_heads=8)
+    assert_uniform(torch.exp(-2 * F.softplus(layer.decay_rate.detach())), 0.9**2, 0.999**2)
+    spreads = {layer.projection: 512**-0.5, layer.out: 2048**-0.5, layer.conv: 0.05}
+    spreads |= {layer.input_gate: 256**-0.5, layer.decay_gate: 256**-0.5}
+    for module, spread in spreads.items():
+        assert abs(module.weight.mean()) < 0.05 * spread and abs(module.weight.std() / spread - 1) < 0.05
+        assert not module.bias.any()
+    assert layer.input_gate.weight.shape == (8, 256, 256)
 
 
 def test_long_filters_start_as_the_official_ones(start):
