@@ -1,11 +1,13 @@
 """Mamba-2: a state-space model with one scalar decay a head, run as masked matmuls (Dao & Gu 2024, https://arxiv.org/abs/2405.21060).
 
-Left out: the variants without a gated norm, and a skip weight for each channel in place of each head.
+The official code clamps steps to their limits over prompts only, and not where it decodes; here they are the same
+everywhere. Left out: an MLP inside the layer (``d_ssm``).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import SoftplusDecay
 from seqzoo.parts.norm import GroupRMSNorm
 from seqzoo.parts.short_conv import CausalConv
+
+Norm = Literal["after_gate", "before_gate", "none"]
 
 
 class Mamba2State(NamedTuple):
@@ -40,11 +44,14 @@ class Mamba2(Mixer):
         expand: inner width as a multiple of ``dim``.
         num_groups: B and C are shared by the heads of a group; must divide the number of heads.
         conv_size: taps of the short convolution.
-        norm_eps: added to the mean square in the gated norm.
+        norm: ``after_gate`` as above; ``before_gate`` for rmsnorm(S^T C + D x) * silu(z); ``none`` for no norm.
+        norm_eps: added to the mean square in the norm, which is taken over the channels of each group.
+        skip_per_channel: whether D is a number for each channel, not for each head.
+        step_limit: dt is clamped to this range.
         backend: ``auto``, or an implementation that all its operators have (see ``seqzoo layers``).
 
     Raises:
-        ValueError: sizes do not fit together.
+        ValueError: sizes do not fit together, ``norm`` is not one of the three, or ``step_limit`` is no range.
     """
 
     state_formula = "heads·state_size·head_dim + (conv_size-1)·(heads·head_dim+2·groups·state_size)"
@@ -59,7 +66,10 @@ class Mamba2(Mixer):
         expand: int = 2,
         num_groups: int = 1,
         conv_size: int = 4,
+        norm: Norm = "after_gate",
         norm_eps: float = 1e-5,
+        skip_per_channel: bool = False,
+        step_limit: tuple[float, float] = (0.0, math.inf),
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -71,14 +81,16 @@ class Mamba2(Mixer):
             raise ValueError(f"num_groups={num_groups} does not divide the {num_heads} heads of {head_dim} channels")
         if state_size < 1:
             raise ValueError(f"state_size={state_size}: a memory needs at least 1 row")
+        if norm not in get_args(Norm):
+            raise ValueError(f"norm={norm!r}: use 'after_gate', 'before_gate' or 'none'")
         self.num_heads, self.head_dim, self.num_groups, self.rows = num_heads, head_dim, num_groups, state_size
-        self.backend = backend
+        self.norm_first, self.backend = norm == "before_gate", backend
         self.widths = [inner, num_groups * state_size, num_groups * state_size]
         self.projection = nn.Linear(dim, inner + sum(self.widths) + num_heads, bias=False)
         self.conv = CausalConv(sum(self.widths), conv_size, bias=True, activation="silu", backend=backend)
-        self.decay = SoftplusDecay(num_heads, rate_range=(1.0, 16.0))
-        self.skip = nn.Parameter(torch.empty(num_heads))
-        self.norm = GroupRMSNorm(inner, groups=num_groups, eps=norm_eps)
+        self.decay = SoftplusDecay(num_heads, rate_range=(1.0, 16.0), step_limit=step_limit)
+        self.skip = nn.Parameter(torch.empty(inner if skip_per_channel else num_heads))
+        self.norm = nn.Identity() if norm == "none" else GroupRMSNorm(inner, groups=num_groups, eps=norm_eps)
         self.out = nn.Linear(inner, dim, bias=False)
         nn.init.ones_(self.skip)
 
@@ -101,8 +113,10 @@ class Mamba2(Mixer):
         y, memory = gated_linear_attention(
             c, b, u * step[..., None].to(u.dtype), log_decay, state and state.memory, starts, backend=self.backend
         )
-        y = y + self.skip[:, None].to(u.dtype) * u
-        return self.out(self.norm(rearrange(y, "b t h p -> b t (h p)") * F.silu(z))), Mamba2State(memory, conv)
+        y = y + self.skip.view(self.num_heads, -1).to(u.dtype) * u
+        y, gate = rearrange(y, "b t h p -> b t (h p)"), F.silu(z)
+        y = self.norm(y) * gate if self.norm_first else self.norm(y * gate)
+        return self.out(y), Mamba2State(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         wide = torch.promote_types(dtype, torch.float32)

@@ -1,6 +1,6 @@
 """Input-dependent decay of Mamba-2 and Gated DeltaNet: a learned rate times a learned, input-driven step.
 
-dt_t = softplus(x_t + dt_bias),    g_t = -exp(A_log) dt_t
+dt_t = softplus(x_t + dt_bias), clamped,    g_t = -exp(A_log) dt_t
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class SoftplusDecay(nn.Module):
         num_heads: heads, each with a rate and a bias of its own.
         rate_range: exp(A_log) starts uniform in this range; both above 0.
         step_range: softplus(dt_bias) starts log-uniform in this range.
+        step_limit: dt is clamped to this range, in which it also learns.
+
+    Raises:
+        ValueError: ``step_limit`` is no range of numbers at or above 0.
     """
 
     def __init__(
@@ -39,9 +43,12 @@ class SoftplusDecay(nn.Module):
         *,
         rate_range: tuple[float, float],
         step_range: tuple[float, float] = STEP_RANGE,
+        step_limit: tuple[float, float] = (0.0, math.inf),
     ) -> None:
         super().__init__()
-        self.rate_range, self.step_range = rate_range, step_range
+        if not 0 <= step_limit[0] < step_limit[1]:
+            raise ValueError(f"step_limit={step_limit}: expected a lower bound of at least 0 and a higher upper one")
+        self.rate_range, self.step_range, self.step_limit = rate_range, step_range, step_limit
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
@@ -57,4 +64,6 @@ class SoftplusDecay(nn.Module):
         """The steps dt and the log decays g."""
         wide = torch.promote_types(x.dtype, torch.float32)
         step = F.softplus(x.to(wide) + self.dt_bias.to(wide))
+        if self.step_limit != (0.0, math.inf):
+            step = step.clamp(*self.step_limit)
         return step, -self.A_log.to(wide).exp() * step
