@@ -22,7 +22,9 @@ from seqzoo.kernels import OPERATORS
 from seqzoo.layers import (
     FAMILIES,
     LAYERS,
+    LRU,
     RGLRU,
+    S5,
     Attention,
     GatedDeltaNet,
     Hyena,
@@ -51,6 +53,10 @@ VARIANTS = [
     partial(Mamba, parameter_norm="learned", backend="reference"),
     partial(Mamba2, state_size=6, head_dim=8, num_groups=2, norm_eps=1e-3),
     partial(Mamba2, state_size=6, head_dim=16, expand=1, conv_size=1),
+    partial(LRU, state_size=12, min_radius=0.9, max_radius=0.999, max_phase=0.3),
+    partial(LRU, backend="reference"),
+    partial(S5, state_size=12, num_blocks=3),
+    partial(S5, state_size=8, num_blocks=1, backend="reference"),
     partial(MinGRU, expand=1, positive=False),
     partial(MinGRU, use_bias=True, backend="reference"),
     partial(RGLRU, width=24, num_heads=3, conv_size=2),
@@ -141,7 +147,9 @@ def take_rows(state, rows):
 
 
 def floats(tensors):
-    return [tensor for tensor in tree_leaves(tensors) if tensor.is_floating_point()]
+    """The floating-point tensors among ``tensors``; complex ones as pairs of real numbers."""
+    leaves = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in tree_leaves(tensors)]
+    return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
 def assert_same(actual, expected, tolerance=1e-9):
@@ -578,6 +586,13 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: GatedDeltaNet(32, value_dim=0), ["value_dim=0", "at least 1"]),
         (lambda: GatedDeltaNet(4, num_heads=4), ["key_dim=0", "dim=4", "num_heads=4"]),
         (lambda: GatedDeltaNet(32, conv_size=0), ["conv_size=0", "at least 1"]),
+        (lambda: LRU(32, state_size=0), ["state_size=0", "1 or more"]),
+        (lambda: LRU(32, min_radius=0.9, max_radius=0.9), ["min_radius=0.9", "max_radius=0.9", "min < max"]),
+        (lambda: LRU(32, max_radius=1.1), ["max_radius=1.1", "<= 1"]),
+        (lambda: LRU(32, max_phase=0.0), ["max_phase=0.0", "above 0"]),
+        (lambda: S5(32, state_size=12, num_blocks=4), ["state_size=12", "num_blocks=4", "multiple of 2"]),
+        (lambda: S5(32, state_size=0), ["state_size=0", "at least 2"]),
+        (lambda: S5(32, num_blocks=0), ["num_blocks=0"]),
         (lambda: MinGRU(32, expand=0), ["expand=0", "1 or more"]),
         (lambda: RGLRU(32, width=0), ["width 0"]),
         (lambda: RGLRU(32, num_heads=5), ["num_heads=5", "32"]),

@@ -8,18 +8,20 @@ from seqzoo.layers.attention import Attention
 from seqzoo.layers.gated_deltanet import GatedDeltaNet
 from seqzoo.layers.hyena import Hyena
 from seqzoo.layers.long_conv import LongConv
+from seqzoo.layers.lru import LRU
 from seqzoo.layers.mamba import Mamba
 from seqzoo.layers.mamba2 import Mamba2
 from seqzoo.layers.min_gru import MinGRU
 from seqzoo.layers.rg_lru import RGLRU
+from seqzoo.layers.s5 import S5
 from seqzoo.layers.sgconv import SGConv
 from seqzoo.layers.short_conv import ShortConv
 from seqzoo.layers.swiglu import SwiGLU
 
 FAMILIES = {
     "attention": (Attention,),
-    "state space": (Mamba, Mamba2),
-    "linear recurrence": (MinGRU, RGLRU),
+    "state space": (Mamba, Mamba2, S5),
+    "linear recurrence": (LRU, MinGRU, RGLRU),
     "delta rule": (GatedDeltaNet,),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (SwiGLU,),
@@ -30,7 +32,9 @@ LAYERS = tuple(layer for family in FAMILIES.values() for layer in family)
 __all__ = [
     "FAMILIES",
     "LAYERS",
+    "LRU",
     "RGLRU",
+    "S5",
     "Attention",
     "GatedDeltaNet",
     "Hyena",

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqzoo.layers import RGLRU, GatedDeltaNet, Hyena, LongConv, Mamba, Mamba2, MinGRU, SGConv, ShortConv
+from seqzoo.layers import LRU, RGLRU, S5, GatedDeltaNet, Hyena, LongConv, Mamba, Mamba2, MinGRU, SGConv, ShortConv
 from seqzoo.mixer import reset_parameters
 from seqzoo.parts.decay import SMALLEST_STEP, SoftplusDecay
+from seqzoo.parts.state_space import legendre_eigenvalues
 
 
 @pytest.fixture(params=["constructed", "reset"])
@@ -116,6 +117,33 @@ def test_rg_lru(start):
         assert abs(module.weight.mean()) < 0.05 * spread and abs(module.weight.std() / spread - 1) < 0.05
         assert not module.bias.any()
     assert layer.input_gate.weight.shape == (8, 256, 256)
+
+
+def test_lru(start):
+    """Eigenvalues uniform by area on a ring; inputs scaled so that states have the inputs' size; Glorot matrices."""
+    layer = start(LRU, 256, state_size=1024, min_radius=0.5, max_radius=0.9, max_phase=3.0)
+    radius, phase = torch.exp(-layer.nu_log.detach().exp()), layer.theta_log.detach().exp()
+    assert_uniform(radius**2, 0.25, 0.81)
+    assert_uniform(phase, 0.0, 3.0)
+    torch.testing.assert_close(layer.gamma_log.exp(), (1 - radius**2).sqrt())
+    for tensor, spread in ((layer.write.weight, 512**-0.5), (layer.read.weight, 1024**-0.5), (layer.skip, 1.0)):
+        assert abs(tensor.mean()) < 0.2 * spread and abs(tensor.std() / spread - 1) < 0.15
+
+
+def test_s5(start):
+    """HiPPO's rates in every block, and matrices in the basis of its eigenvectors, of variance 1 / state_size."""
+    layer = start(S5, 256, state_size=512, num_blocks=4)
+    assert_uniform(layer.log_step.detach(), math.log(1e-3), math.log(1e-1))
+    values, vectors = legendre_eigenvalues(128)
+    torch.testing.assert_close(layer.rate_real, torch.full((256,), -0.5))
+    torch.testing.assert_close(layer.rate_imaginary.double(), values.imag.repeat(4), rtol=1e-6, atol=1e-6)
+    assert abs(layer.write.weight.square().sum(1).mean() * 512 - 1) < 0.05
+    assert abs(layer.read.weight.square().sum(2).mean() * 512 - 2) < 0.1
+    # B is real before it meets the eigenvectors: V V^* B, with the conjugates' half, is real again, and within bounds.
+    half = torch.complex(*layer.write.weight.double().unbind(1)).unflatten(0, (4, 64))
+    real = (vectors @ half).real * 2
+    limit = 2 * 512**-0.5 / 0.8796
+    assert real.abs().max() < 1.001 * limit and abs(real.std() * 512**0.5 - 1) < 0.02
 
 
 def test_long_filters_start_as_the_official_ones(start):
