@@ -70,7 +70,8 @@ def test_norms_and_skips_are_one(start):
 )
 def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
     """``nn.Conv1d`` with a group for each channel: uniform up to one over the root of the taps, bias and all."""
-    conv = start(layer, 256).conv
+    mixer = start(layer, 256)
+    conv = mixer.qkv.conv if layer is GatedDeltaNet else mixer.conv
     channels = len(conv.weight)
     theirs = nn.Conv1d(channels, channels, size, groups=channels, bias=has_bias)
     assert conv.weight.shape == (channels, size)
@@ -91,8 +92,8 @@ def test_projections_have_the_official_widths(start):
     assert mamba2.projection.weight.shape == (2 * 128 + 2 * 2 * 16 + 2, 64)
     assert len(mamba2.conv.weight) == 128 + 2 * 2 * 16
     delta = start(GatedDeltaNet, 64, num_heads=4)
-    assert (delta.key_dim, delta.value_dim) == (12, 24)  # 0.75 D keys and 1.5 D values in all
-    assert len(delta.conv.weight) == 4 * (12 + 12 + 24)
+    assert (delta.qkv.key_dim, delta.qkv.value_dim) == (12, 24)  # 0.75 D keys and 1.5 D values in all
+    assert len(delta.qkv.conv.weight) == 4 * (12 + 12 + 24)
 
 
 def test_mamba(start):
