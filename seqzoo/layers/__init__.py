@@ -12,6 +12,7 @@ from seqzoo.layers.lru import LRU
 from seqzoo.layers.mamba import Mamba
 from seqzoo.layers.mamba2 import Mamba2
 from seqzoo.layers.min_gru import MinGRU
+from seqzoo.layers.retnet import RetNet
 from seqzoo.layers.rg_lru import RGLRU
 from seqzoo.layers.s5 import S5
 from seqzoo.layers.sgconv import SGConv
@@ -22,6 +23,7 @@ FAMILIES = {
     "attention": (Attention,),
     "state space": (Mamba, Mamba2, S5),
     "linear recurrence": (LRU, MinGRU, RGLRU),
+    "linear attention": (RetNet,),
     "delta rule": (GatedDeltaNet,),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (SwiGLU,),
@@ -42,6 +44,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "MinGRU",
+    "RetNet",
     "SGConv",
     "ShortConv",
     "SwiGLU",

@@ -9,7 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from seqzoo.layers import LRU, RGLRU, S5, GatedDeltaNet, Hyena, LongConv, Mamba, Mamba2, MinGRU, SGConv, ShortConv
+from seqzoo.layers import (
+    LRU,
+    RGLRU,
+    S5,
+    GatedDeltaNet,
+    Hyena,
+    LongConv,
+    Mamba,
+    Mamba2,
+    MinGRU,
+    RetNet,
+    SGConv,
+    ShortConv,
+)
 from seqzoo.mixer import reset_parameters
 from seqzoo.parts.decay import SMALLEST_STEP, SoftplusDecay
 from seqzoo.parts.state_space import legendre_eigenvalues
@@ -81,7 +94,7 @@ def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
 
 
 def test_projections_have_no_bias(start):
-    for layer in (Mamba, Mamba2, GatedDeltaNet, MinGRU, ShortConv):
+    for layer in (Mamba, Mamba2, GatedDeltaNet, MinGRU, RetNet, ShortConv):
         for name, module in start(layer, 64).named_modules():
             assert not isinstance(module, nn.Linear) or module.bias is None, name
 
@@ -145,6 +158,16 @@ def test_s5(start):
     real = (vectors @ half).real * 2
     limit = 2 * 512**-0.5 / 0.8796
     assert real.abs().max() < 1.001 * limit and abs(real.std() * 512**0.5 - 1) < 0.02
+
+
+def test_retnet(start):
+    """Glorot's uniform range of each matrix by itself, far smaller: 2^-2.5 of it, and half of it for the output."""
+    layer = start(RetNet, 128, num_heads=4)
+    assert layer.widths == [128, 128, 256, 256]
+    for matrix in layer.projection.weight.detach().split(layer.widths):
+        bound = 2**-2.5 * (6 / (128 + len(matrix))) ** 0.5
+        assert_uniform(matrix, -bound, bound)
+    assert_uniform(layer.out.weight.detach(), -((6 / (128 + 256)) ** 0.5) / 2, (6 / (128 + 256)) ** 0.5 / 2)
 
 
 def test_long_filters_start_as_the_official_ones(start):
