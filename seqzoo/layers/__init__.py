@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from seqzoo.layers.attention import Attention
 from seqzoo.layers.gated_deltanet import GatedDeltaNet
 from seqzoo.layers.hyena import Hyena
+from seqzoo.layers.lightning_attention import LightningAttention
 from seqzoo.layers.long_conv import LongConv
 from seqzoo.layers.lru import LRU
 from seqzoo.layers.mamba import Mamba
@@ -23,7 +24,7 @@ FAMILIES = {
     "attention": (Attention,),
     "state space": (Mamba, Mamba2, S5),
     "linear recurrence": (LRU, MinGRU, RGLRU),
-    "linear attention": (RetNet,),
+    "linear attention": (LightningAttention, RetNet),
     "delta rule": (GatedDeltaNet,),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (SwiGLU,),
@@ -40,6 +41,7 @@ __all__ = [
     "Attention",
     "GatedDeltaNet",
     "Hyena",
+    "LightningAttention",
     "LongConv",
     "Mamba",
     "Mamba2",

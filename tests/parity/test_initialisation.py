@@ -15,6 +15,7 @@ from seqzoo.layers import (
     S5,
     GatedDeltaNet,
     Hyena,
+    LightningAttention,
     LongConv,
     Mamba,
     Mamba2,
@@ -94,7 +95,7 @@ def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
 
 
 def test_projections_have_no_bias(start):
-    for layer in (Mamba, Mamba2, GatedDeltaNet, MinGRU, RetNet, ShortConv):
+    for layer in (Mamba, Mamba2, GatedDeltaNet, LightningAttention, MinGRU, RetNet, ShortConv):
         for name, module in start(layer, 64).named_modules():
             assert not isinstance(module, nn.Linear) or module.bias is None, name
 
