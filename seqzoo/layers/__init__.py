@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from seqzoo.layers.attention import Attention
 from seqzoo.layers.gated_deltanet import GatedDeltaNet
+from seqzoo.layers.gated_linear_attention import GatedLinearAttention
+from seqzoo.layers.hgrn2 import HGRN2
 from seqzoo.layers.hyena import Hyena
 from seqzoo.layers.lightning_attention import LightningAttention
 from seqzoo.layers.long_conv import LongConv
@@ -24,7 +26,7 @@ FAMILIES = {
     "attention": (Attention,),
     "state space": (Mamba, Mamba2, S5),
     "linear recurrence": (LRU, MinGRU, RGLRU),
-    "linear attention": (LightningAttention, RetNet),
+    "linear attention": (GatedLinearAttention, HGRN2, LightningAttention, RetNet),
     "delta rule": (GatedDeltaNet,),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (SwiGLU,),
@@ -34,12 +36,14 @@ LAYERS = tuple(layer for family in FAMILIES.values() for layer in family)
 
 __all__ = [
     "FAMILIES",
+    "HGRN2",
     "LAYERS",
     "LRU",
     "RGLRU",
     "S5",
     "Attention",
     "GatedDeltaNet",
+    "GatedLinearAttention",
     "Hyena",
     "LightningAttention",
     "LongConv",

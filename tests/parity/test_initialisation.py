@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from seqzoo.layers import (
+    HGRN2,
     LRU,
     RGLRU,
     S5,
     GatedDeltaNet,
+    GatedLinearAttention,
     Hyena,
     LightningAttention,
     LongConv,
@@ -95,7 +97,7 @@ def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
 
 
 def test_projections_have_no_bias(start):
-    for layer in (Mamba, Mamba2, GatedDeltaNet, LightningAttention, MinGRU, RetNet, ShortConv):
+    for layer in (Mamba, Mamba2, GatedDeltaNet, HGRN2, LightningAttention, MinGRU, RetNet, ShortConv):
         for name, module in start(layer, 64).named_modules():
             assert not isinstance(module, nn.Linear) or module.bias is None, name
 
@@ -169,6 +171,20 @@ def test_retnet(start):
         bound = 2**-2.5 * (6 / (128 + len(matrix))) ** 0.5
         assert_uniform(matrix, -bound, bound)
     assert_uniform(layer.out.weight.detach(), -((6 / (128 + 256)) ** 0.5) / 2, (6 / (128 + 256)) ** 0.5 / 2)
+
+
+def test_gated_linear_attention(start):
+    """Queries, keys and decays start in 2^-2.5 of Glorot's range, all else as PyTorch's linear maps."""
+    layer = start(GatedLinearAttention, 128, num_heads=4)
+    queries, keys, values, gates = layer.projection.weight.detach().split([64, 64, 128, 128])
+    narrow, wide = (linear.weight.detach() for linear in layer.decay)
+    for matrix in (queries, keys, narrow, wide):
+        bound = 2**-2.5 * (6 / sum(matrix.shape)) ** 0.5
+        assert_uniform(matrix, -bound, bound)
+    for matrix in (values, gates, layer.out.weight.detach()):
+        assert_uniform(matrix, -(128**-0.5), 128**-0.5)
+    assert layer.decay[0].bias is None and layer.decay[1].bias.abs().max() <= 16**-0.5
+    assert (layer.norm.weight == 1).all()
 
 
 def test_long_filters_start_as_the_official_ones(start):
