@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from seqzoo.layers.attention import Attention
+from seqzoo.layers.delta_product import DeltaProduct
+from seqzoo.layers.deltanet import DeltaNet
 from seqzoo.layers.gated_deltanet import GatedDeltaNet
+from seqzoo.layers.gated_deltanet2 import GatedDeltaNet2
 from seqzoo.layers.gated_linear_attention import GatedLinearAttention
 from seqzoo.layers.hgrn2 import HGRN2
 from seqzoo.layers.hyena import Hyena
+from seqzoo.layers.kimi_delta_attention import KimiDeltaAttention
 from seqzoo.layers.lightning_attention import LightningAttention
 from seqzoo.layers.long_conv import LongConv
 from seqzoo.layers.lru import LRU
@@ -27,7 +31,7 @@ FAMILIES = {
     "state space": (Mamba, Mamba2, S5),
     "linear recurrence": (LRU, MinGRU, RGLRU),
     "linear attention": (GatedLinearAttention, HGRN2, LightningAttention, RetNet),
-    "delta rule": (GatedDeltaNet,),
+    "delta rule": (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (SwiGLU,),
 }
@@ -42,9 +46,13 @@ __all__ = [
     "RGLRU",
     "S5",
     "Attention",
+    "DeltaNet",
+    "DeltaProduct",
     "GatedDeltaNet",
+    "GatedDeltaNet2",
     "GatedLinearAttention",
     "Hyena",
+    "KimiDeltaAttention",
     "LightningAttention",
     "LongConv",
     "Mamba",

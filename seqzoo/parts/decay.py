@@ -1,4 +1,4 @@
-"""Input-dependent decay of Mamba-2 and Gated DeltaNet: a learned rate times a learned, input-driven step.
+"""Input-dependent decay: a learned rate times a learned, input-driven step, of heads or of the channels of their keys.
 
 dt_t = softplus(x_t + dt_bias), clamped,    g_t = -exp(A_log) dt_t
 """
@@ -67,3 +67,43 @@ class SoftplusDecay(nn.Module):
         if self.step_limit != (0.0, math.inf):
             step = step.clamp(*self.step_limit)
         return step, -self.A_log.to(wide).exp() * step
+
+
+class ChannelDecay(nn.Module):
+    """Kimi Delta Attention's decay of each key channel: the rate is the head's, the bias the channel's own.
+
+        f = x + dt_bias,    g = -exp(A_log) softplus(f), or lower_bound * sigmoid(exp(A_log) f)
+
+    In float32 or better whatever comes in. Rates start uniform in 1 to 16, or at 1 where there is a lower bound.
+
+    Args:
+        num_heads: heads.
+        key_dim: channels of a head's keys.
+        lower_bound: g stays between this and 0; below 0, or None for no bound.
+
+    Raises:
+        ValueError: ``lower_bound`` is not below 0.
+    """
+
+    def __init__(self, num_heads: int, key_dim: int, *, lower_bound: float | None = None) -> None:
+        super().__init__()
+        if lower_bound is not None and not lower_bound < 0:
+            raise ValueError(f"lower_bound={lower_bound}: a log decay is bounded by a number below 0, or None")
+        self.lower_bound = lower_bound
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads * key_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.lower_bound is None:
+            self.A_log.uniform_(1.0, 16.0).log_()
+        else:
+            self.A_log.zero_()
+        draw_step_bias(self.dt_bias)
+
+    def forward(self, x: Float[Tensor, "batch time channel"]) -> Float[Tensor, "batch time head key"]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        f = (x.to(wide) + self.dt_bias.to(wide)).unflatten(-1, (len(self.A_log), -1))
+        rate = self.A_log.to(wide).exp()[:, None]
+        return -rate * F.softplus(f) if self.lower_bound is None else self.lower_bound * torch.sigmoid(rate * f)

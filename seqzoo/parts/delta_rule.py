@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -92,9 +91,9 @@ class QueryKeyValue(nn.Module):
         mixed = self.projection(x)
         mixed, last = (F.silu(mixed), mixed[:, :0].clone()) if self.conv is None else self.conv(mixed, state, starts)
         q, k, v = mixed.split(self.widths, -1)
-        q = rearrange(q, "b t (h d) -> b t h d", d=self.key_dim)
-        split = "b t (h d) -> b t h d" if self.steps is None else f"b t ({self.steps} h d) -> b t {self.steps} h d"
-        k, v = rearrange(k, split, d=self.key_dim), rearrange(v, split, d=self.value_dim)
+        steps = () if self.steps is None else (self.steps,)
+        q, k = q.unflatten(-1, (-1, self.key_dim)), k.unflatten(-1, (*steps, -1, self.key_dim))
+        v = v.unflatten(-1, (*steps, -1, self.value_dim))
         return l2_normalize(q) * self.key_dim**-0.5, l2_normalize(k), v, last
 
     def state_bytes(self, dtype: torch.dtype) -> int:

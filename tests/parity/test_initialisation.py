@@ -14,9 +14,13 @@ from seqzoo.layers import (
     LRU,
     RGLRU,
     S5,
+    DeltaNet,
+    DeltaProduct,
     GatedDeltaNet,
+    GatedDeltaNet2,
     GatedLinearAttention,
     Hyena,
+    KimiDeltaAttention,
     LightningAttention,
     LongConv,
     Mamba,
@@ -58,14 +62,36 @@ def assert_uniform(x, low, high):
 
 @pytest.mark.parametrize(
     ("layer", "settings", "slowest"),
-    [(Mamba2, {"head_dim": 1, "state_size": 1}, 1.0), (GatedDeltaNet, {"num_heads": 1024, "key_dim": 1}, 0.01)],
-    ids=["Mamba2", "GatedDeltaNet"],
+    [
+        (Mamba2, {"head_dim": 1, "state_size": 1}, 1.0),
+        (GatedDeltaNet, {"num_heads": 1024, "key_dim": 1}, 0.01),
+        (DeltaProduct, {"num_heads": 1024, "key_dim": 1}, 0.01),
+        (KimiDeltaAttention, {"num_heads": 1024, "key_dim": 1}, 1.0),
+        (GatedDeltaNet2, {"num_heads": 1024, "key_dim": 1}, 1.0),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_decay_rates_and_steps(start, layer, settings, slowest):
     mixer = start(layer, 512, **settings)
     assert mixer.decay.A_log.shape == mixer.decay.dt_bias.shape == (1024,)
     assert_uniform(mixer.decay.A_log.detach().exp(), slowest, 16.0)
     assert_uniform(F.softplus(mixer.decay.dt_bias.detach()).log(), math.log(1e-3), math.log(1e-1))
+
+
+def test_bounded_decays_start_at_the_rate_one(start):
+    """fla's and GLM's: a sigmoid of the steps themselves, one step for each channel of a key."""
+    decay = start(KimiDeltaAttention, 512, lower_bound=-5.0).decay
+    assert not decay.A_log.any() and decay.dt_bias.shape == (512,)
+    assert_uniform(F.softplus(decay.dt_bias.detach()).log(), math.log(1e-3), math.log(1e-1))
+
+
+def test_projections_of_gated_deltanet2(start):
+    """NVIDIA's: uniform as Xavier's, shrunk to 2^-2.5; biases zero."""
+    delta = start(GatedDeltaNet2, 512)
+    for linear in (delta.qkv.projection, delta.step[1], delta.erase, delta.write, delta.gate[0], delta.out):
+        bound = 2**-2.5 * (6 / sum(linear.weight.shape)) ** 0.5
+        assert_uniform(linear.weight.detach(), -bound, bound)
+    assert not delta.gate[1].bias.any()
 
 
 def test_steps_are_never_below_the_smallest():
@@ -75,8 +101,9 @@ def test_steps_are_never_below_the_smallest():
 
 
 def test_norms_and_skips_are_one(start):
-    mamba2, delta = start(Mamba2, 32, head_dim=8), start(GatedDeltaNet, 32)
-    for parameter in (mamba2.skip, mamba2.norm.weight, delta.norm.weight):
+    mamba2 = start(Mamba2, 32, head_dim=8)
+    deltas = [start(layer, 32) for layer in (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention)]
+    for parameter in (mamba2.skip, mamba2.norm.weight, *(delta.norm.weight for delta in deltas)):
         assert (parameter == 1).all()
 
 
@@ -97,7 +124,8 @@ def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
 
 
 def test_projections_have_no_bias(start):
-    for layer in (Mamba, Mamba2, GatedDeltaNet, HGRN2, LightningAttention, MinGRU, RetNet, ShortConv):
+    deltas = (DeltaNet, DeltaProduct, GatedDeltaNet, KimiDeltaAttention)
+    for layer in (Mamba, Mamba2, *deltas, HGRN2, LightningAttention, MinGRU, RetNet, ShortConv):
         for name, module in start(layer, 64).named_modules():
             assert not isinstance(module, nn.Linear) or module.bias is None, name
 

@@ -1,0 +1,96 @@
+"""GatedDeltaNet2 against fla's layer, run with fla's naive rule; NVIDIA's code differs by the output gate's SiLU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fla_layers import fla_layers, l2, new_cache, run_fla
+from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, pair, run_ours, run_peer
+
+from seqzoo import clone_state
+from seqzoo.layers import GatedDeltaNet2
+from seqzoo.parts.delta_rule import DeltaRuleState
+
+
+def gdn2(q, k, v, g, b, w, initial_state, use_qk_l2norm_in_kernel, **_):
+    from fla.ops.gdn2.naive import naive_recurrent_gdn2
+
+    assert use_qk_l2norm_in_kernel
+    o, state = naive_recurrent_gdn2(l2(q), l2(k), v, g, b, w, initial_state=initial_state, output_final_state=True)
+    return o.to(v.dtype), state
+
+
+fla = fla_layers("gdn2", chunk_gdn2=gdn2, fused_recurrent_gdn2=gdn2)
+
+NAMES = {
+    "qkv.projection.weight": lambda theirs: torch.cat([theirs[f"{name}_proj.weight"] for name in "qkv"]),
+    "qkv.conv.weight": lambda theirs: torch.cat([theirs[f"{name}_conv1d.weight"].squeeze(1) for name in "qkv"]),
+    "step.0.weight": "f_proj.0.weight",
+    "step.1.weight": "f_proj.1.weight",
+    "decay.A_log": "A_log",
+    "decay.dt_bias": "dt_bias",
+    "erase.weight": "b_proj.weight",
+    "write.weight": "w_proj.weight",
+    "gate.0.weight": "g_proj.0.weight",
+    "gate.1.weight": "g_proj.1.weight",
+    "gate.1.bias": "g_proj.1.bias",
+    "norm.weight": "o_norm.weight",
+    "out.weight": "o_proj.weight",
+}
+# With less, the norm undoes how strongly a first token is written: its gradient is rounding.
+EPS = 1e-2
+
+
+@pytest.fixture(params=["silu", "sigmoid"])
+def delta(request):
+    flip = request.param == "sigmoid"
+    peer = fla.GatedDeltaNet2(
+        32, head_dim=8, expand_v=1.5, num_heads=4, norm_eps=EPS, allow_neg_eigval=flip, layer_idx=0
+    )
+    if request.param == "silu":
+        peer.o_norm.gate = F.silu
+    # The peer starts at decays of e^-10 a token, which leave no memory to test.
+    torch.nn.init.uniform_(peer.A_log, -3, 0)
+    ours = GatedDeltaNet2(
+        32, num_heads=4, key_dim=8, value_dim=12, norm_eps=EPS, negative_eigenvalues=flip, gate=request.param
+    )
+    return pair(ours, peer, NAMES, run_fla)
+
+
+def state_from(cache):
+    """Ours keeps one input less: the peer's oldest has no use."""
+    conv = torch.cat(cache[0]["conv_state"], 1)
+    return clone_state(DeltaRuleState(cache[0]["recurrent_state"], conv[..., 1:].mT))
+
+
+@PRECISIONS
+@TIMES
+def test_values_and_gradients(delta, dtype, time):
+    both, x = delta.to(dtype), draw(time, dtype)
+    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("cut", [1, 37, 99])
+def test_gradients_through_the_state(delta, dtype, cut):
+    both, x = delta.to(dtype), draw(100, dtype)
+    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("first", [2, 37])
+@torch.no_grad()
+def test_goes_on_from_the_peers_cache(delta, dtype, first):
+    both, cache, state = delta.to(dtype), new_cache(), None
+    for time in (first, 1, 1, 63):
+        x = draw(time, dtype, seed=time)
+        theirs = both.call_peer(x, cache)
+        y, state = both.ours(x, state)
+        expected = state_from(cache)
+        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
+        state = expected
+
+
+def test_rounds_no_worse_in_bfloat16(delta):
+    assert_rounds_no_worse(delta)

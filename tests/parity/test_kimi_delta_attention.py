@@ -1,0 +1,135 @@
+"""KimiDeltaAttention against transformers' Kimi Linear and GLM-5 (a lower bound), and fla's layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fla_layers import fla_layers, l2, new_cache, run_fla
+from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, modeling, pair, run_ours, run_peer
+
+from seqzoo import clone_state
+from seqzoo.layers import KimiDeltaAttention
+from seqzoo.parts.delta_rule import DeltaRuleState
+
+kimi, glm = modeling("kimi_linear"), modeling("glm5_next")
+
+HEADS, KEY = 4, 8
+# With less, the norm undoes how strongly a first token is written: its gradient is rounding.
+EPS = 1e-2
+
+
+def kda(q, k, v, g, beta, A_log, dt_bias, initial_state, allow_neg_eigval, lower_bound, state_v_first, **settings):
+    """fla's kernel: gates, activations and norms inside, the state's values first."""
+    from fla.ops.kda.gate import naive_kda_gate
+    from fla.ops.kda.naive import naive_recurrent_kda
+
+    inside = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")
+    assert state_v_first and lower_bound is None and all(settings[name] for name in inside)
+    g = naive_kda_gate(g, A_log, dt_bias, output_dtype=torch.float32)
+    beta = beta.sigmoid() * (2 if allow_neg_eigval else 1)
+    state = None if initial_state is None else initial_state.mT
+    o, state = naive_recurrent_kda(l2(q), l2(k), v, g, beta, initial_state=state, output_final_state=True)
+    return o, state.mT
+
+
+fla = fla_layers("kda", chunk_kda=kda, fused_recurrent_kda=kda)
+
+COMMON = {
+    "qkv.projection.weight": lambda theirs: torch.cat([theirs[f"{name}_proj.weight"] for name in "qkv"]),
+    "write.weight": "b_proj.weight",
+    "norm.weight": "o_norm.weight",
+    "out.weight": "o_proj.weight",
+}
+TRANSFORMERS_NAMES = COMMON | {
+    "qkv.conv.weight": lambda theirs: theirs["conv1d.weight"].squeeze(1),
+    "step.0.weight": "forget_gate.f_a_proj.weight",
+    "step.1.weight": "forget_gate.f_b_proj.weight",
+    "decay.A_log": lambda theirs: theirs["forget_gate.A_log"].flatten(),
+    "decay.dt_bias": "forget_gate.dt_bias",
+    "gate.0.weight": "g_a_proj.weight",
+    "gate.1.weight": "g_b_proj.weight",
+}
+FLA_NAMES = COMMON | {
+    "qkv.conv.weight": lambda theirs: torch.cat([theirs[f"{name}_conv1d.weight"].squeeze(1) for name in "qkv"]),
+    "step.0.weight": "f_proj.0.weight",
+    "step.1.weight": "f_proj.1.weight",
+    "decay.A_log": "A_log",
+    "decay.dt_bias": "dt_bias",
+    "gate.0.weight": "g_proj.0.weight",
+    "gate.1.weight": "g_proj.1.weight",
+}
+
+
+def build(name):
+    """Our layer with the peer's weights, and what makes an empty cache."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "linear_num_heads": HEADS, "linear_head_dim": KEY}
+    if name == "fla":
+        peer = fla.KimiDeltaAttention(
+            32, num_heads=HEADS, head_dim=KEY, expand_v=1.5, norm_eps=EPS, allow_neg_eigval=True, layer_idx=0
+        )
+        peer.g_proj[1].bias = None  # Kimi's own code has none
+        gates, names, settings = peer, FLA_NAMES, {"value_dim": 12, "negative_eigenvalues": True}
+        run, cache = run_fla, new_cache
+    else:
+        names, run = TRANSFORMERS_NAMES, lambda peer, x, cache: peer(x, cache)
+        if name == "kimi":
+            layer_types = ["linear_attention", "full_attention"]
+            config = kimi.KimiLinearConfig(**sizes, rms_norm_eps=EPS, layer_types=layer_types)
+            peer, settings = kimi.KimiLinearDeltaAttention(config, layer_idx=0), {}
+        else:
+            config = glm.Glm5NextTextConfig(**sizes, rms_norm_eps=EPS)
+            peer, settings = glm.Glm5NextTextLinearAttention(config, layer_idx=0), {"lower_bound": -5.0}
+        gates, cache = peer.forget_gate, lambda: kimi.DynamicCache(config=config)
+    # Slow decays: the peers' own leave little memory to test, or are drawn by a whole model only; and transformers sums
+    # the decays of a chunk, whose differences in float32 are the worse the faster they are.
+    rates, steps = ((0, 1), (-4, -2)) if name == "glm" else ((-3, 0), (-2, 1))
+    torch.nn.init.uniform_(gates.A_log, *rates)
+    torch.nn.init.uniform_(gates.dt_bias, *steps)
+    ours = KimiDeltaAttention(32, num_heads=HEADS, key_dim=KEY, norm_eps=EPS, **settings)
+    return pair(ours, peer, names, run), cache
+
+
+@pytest.fixture(params=["kimi", "glm", "fla"])
+def delta(request):
+    return build(request.param)
+
+
+def state_from(cache):
+    """Ours keeps one input less: the peer's oldest has no use."""
+    if isinstance(cache, kimi.DynamicCache):
+        layer = cache.layers[0]
+        return clone_state(DeltaRuleState(layer.recurrent_states[0], layer.conv_states[0][..., 1:].mT))
+    memory, conv = cache[0]["recurrent_state"].mT, torch.cat(cache[0]["conv_state"], 1)
+    return clone_state(DeltaRuleState(memory, conv[..., 1:].mT))
+
+
+@PRECISIONS
+@TIMES
+def test_values_and_gradients(delta, dtype, time):
+    both, x = delta[0].to(dtype), draw(time, dtype)
+    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("cut", [1, 37, 99])
+def test_gradients_through_the_state(delta, dtype, cut):
+    both, x = delta[0].to(dtype), draw(100, dtype)
+    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("first", [2, 37])
+@torch.no_grad()
+def test_goes_on_from_the_peers_cache(delta, dtype, first):
+    both, cache, state = delta[0].to(dtype), delta[1](), None
+    for time in (first, 1, 1, 63):
+        x = draw(time, dtype, seed=time)
+        theirs = both.call_peer(x, cache)
+        y, state = both.ours(x, state)
+        expected = state_from(cache)
+        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
+        state = expected
+
+
+def test_rounds_no_worse_in_bfloat16(delta):
+    assert_rounds_no_worse(delta[0])
