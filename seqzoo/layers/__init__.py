@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from seqzoo.layers.attention import Attention
+from seqzoo.layers.based import Based
 from seqzoo.layers.delta_product import DeltaProduct
 from seqzoo.layers.deltanet import DeltaNet
 from seqzoo.layers.gated_deltanet import GatedDeltaNet
@@ -19,19 +20,22 @@ from seqzoo.layers.lru import LRU
 from seqzoo.layers.mamba import Mamba
 from seqzoo.layers.mamba2 import Mamba2
 from seqzoo.layers.min_gru import MinGRU
+from seqzoo.layers.mlstm import MLSTM
 from seqzoo.layers.retnet import RetNet
 from seqzoo.layers.rg_lru import RGLRU
 from seqzoo.layers.s5 import S5
 from seqzoo.layers.sgconv import SGConv
 from seqzoo.layers.short_conv import ShortConv
+from seqzoo.layers.slstm import SLSTM
 from seqzoo.layers.swiglu import SwiGLU
 
 FAMILIES = {
     "attention": (Attention,),
-    "state space": (Mamba, Mamba2, S5),
-    "linear recurrence": (LRU, MinGRU, RGLRU),
-    "linear attention": (GatedLinearAttention, HGRN2, LightningAttention, RetNet),
+    "state space": (LRU, Mamba, Mamba2, S5),
+    "linear recurrence": (MinGRU, RGLRU),
+    "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet),
     "delta rule": (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention),
+    "nonlinear recurrence": (SLSTM,),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (SwiGLU,),
 }
@@ -43,9 +47,12 @@ __all__ = [
     "HGRN2",
     "LAYERS",
     "LRU",
+    "MLSTM",
     "RGLRU",
     "S5",
+    "SLSTM",
     "Attention",
+    "Based",
     "DeltaNet",
     "DeltaProduct",
     "GatedDeltaNet",

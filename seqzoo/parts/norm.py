@@ -43,3 +43,36 @@ class GroupRMSNorm(nn.Module):
         parts = x.unflatten(-1, (self.groups, -1))
         y = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
         return y if self.weight is None else y * self.weight.to(x.dtype)
+
+
+class GroupLayerNorm(nn.Module):
+    """Layer normalisation over each of ``groups`` equal parts of the last axis, then one learned scale a channel.
+
+    Args:
+        dim: width.
+        groups: parts that are normalised apart; must divide ``dim``.
+        eps: added to the variance.
+        bias: whether a constant is learned for each channel.
+
+    Raises:
+        ValueError: ``groups`` does not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, *, groups: int = 1, eps: float = 1e-5, bias: bool = False) -> None:
+        super().__init__()
+        if groups < 1 or dim % groups:
+            raise ValueError(f"groups={groups} does not divide the width {dim}")
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
+        parts = x.unflatten(-1, (self.groups, -1))
+        y = F.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)

@@ -27,11 +27,12 @@ def mlstm(gated_linear_attention, q, k, v, input_gate, log_forget, state, starts
 
     floor = (-constant).exp().clamp(min=SMALLEST_DENOMINATOR)
     h = (o[..., :-1].to(dtype) / torch.maximum(o[..., -1].to(dtype).abs(), floor)[..., None]).to(v.dtype)
-    last = stabilizer[:, -1]
+    last = stabilizer[:, -1].clone()
     if last.requires_grad:
         # A factor of one: what is kept is divided by e^m.
         memory = memory * (constant[:, -1] - last).exp()[..., None, None]
-    return h, MLSTMState(memory[..., :-1], memory[..., -1], last)
+    # Views would keep what they are cut from.
+    return h, MLSTMState(memory[..., :-1].contiguous(), memory[..., -1].contiguous(), last)
 
 
 def running_maximum(gain: Tensor, keep: Tensor, first: Tensor, starts: Tensor | None) -> Tensor:
