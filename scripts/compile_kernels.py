@@ -273,8 +273,9 @@ def run_operator(job: Job) -> None:
 
 
 def compile_job(job: Job) -> list[Kernel]:
-    # Kernels run where their launchers believe that they can.
+    # Kernels run where their launchers believe that they can, and on AMD's chips torch would be AMD's.
     triton_support.missing = lambda device: None
+    torch.version.hip = "compiling" if CHIPS[job.chip].target[0] == "hip" else None
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     error = ""

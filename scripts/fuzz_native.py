@@ -76,7 +76,9 @@ def calls(draw: Any, operator: str) -> dict[str, Any]:
         elif name == "groups":
             sizes[name] = draw(st.integers(1, 3))
         elif type(parameter.default) is int and name != "seed" and name not in equation.VARIANTS[variant]:
-            sizes[name] = draw(st.sampled_from(SIZES))
+            # From a key of one number mLSTM's normalizer takes all of the query: its gradient is rounding.
+            smallest = 2 if (operator, name) == ("mlstm", "key") else 1
+            sizes[name] = draw(st.sampled_from([size for size in SIZES if size >= smallest]))
     return {
         "example": sizes | {"dtype": draw(st.sampled_from(list(TOLERANCES))), "seed": draw(st.integers(0, 9))},
         "variant": variant,

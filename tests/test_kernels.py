@@ -482,6 +482,18 @@ def test_refuses_a_shape_that_does_not_fit(operator, backend, variant, unchecked
             call(operator, backend, inputs, wrong)
 
 
+@interpreted_by_default(operator=SINGLE)
+@every
+@pytest.mark.parametrize("time", [1, 70])
+def test_an_empty_batch_gives_empty_answers(operator, backend, variant, time):
+    inputs = example(operator, variant, time=time)
+    expected = differentiate(operator, "reference", inputs)
+    shared = [f"gradient of ['{name}']" for name in inputs if name not in over(operator, variant, "batch")]
+    empty = differentiate(operator, backend, select(inputs, over(operator, variant, "batch"), slice(0)))
+    for name, tensor in expected.items():
+        assert_same({name: empty[name]}, {name: torch.zeros_like(tensor) if name in shared else tensor[:0]})
+
+
 @every
 def test_refuses_what_has_no_token(operator, backend, variant, unchecked):
     inputs = select(example(operator, variant), over(operator, variant, "time"), (slice(None), slice(0)))

@@ -46,3 +46,10 @@ def missing(device: torch.device) -> str | None:
 def last_axis_contiguous(x: Tensor) -> Tensor:
     """``x``, copied only if its last axis is strided: kernels take any strides of the axes in front of it."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch_options(num_warps: int, num_stages: int) -> dict[str, int]:
+    """How a kernel is launched, given what is right for NVIDIA's chips."""
+    if torch.version.hip:  # a warp has twice the threads, and a chip less shared memory
+        return {"num_warps": max(num_warps // 2, 1), "num_stages": 1}
+    return {"num_warps": num_warps, "num_stages": num_stages}

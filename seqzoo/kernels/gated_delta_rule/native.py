@@ -92,7 +92,7 @@ def _differentiate(ctx: Any, o_grad: Tensor, memory_grad: Tensor, _: Tensor):
         o_grad, memory_grad, kept, q, k, v, log_decay, beta, state, starts
     )
     if q.shape[2] != v.shape[2]:
-        of_q, of_k = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (of_q, of_k))
+        of_q, of_k = (x.unflatten(2, (q.shape[2], v.shape[2] // q.shape[2])).sum(3) for x in (of_q, of_k))
     of_decay, of_state = (None if x is None else gradient for x, gradient in ((log_decay, of_decay), (state, of_state)))
     return of_q, of_k, of_v, of_decay, of_beta, of_state, None
 

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqzoo.kernels.gated_delta_rule.triton_op import CHUNK, FEW, segment
-from seqzoo.kernels.triton_support import last_axis_contiguous
+from seqzoo.kernels.triton_support import last_axis_contiguous, launch_options
 
 # e^-800 is 0 even in float64.
 CUT = tl.constexpr(-800.0)
@@ -174,12 +174,36 @@ def _to_middle(i, j, level):
 
 
 @triton.jit
+def _decay_channels(
+    q, k, log_decay, starts, keeps, q_start, k_start, k_end, time, heads, chunks, shared,
+    KEY: tl.constexpr, CHUNK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    NARROW: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """With a decay a channel: e^{G_C}, and queries and keys decayed since the start and to the end of a chunk."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * KEY_BLOCK
+    batch, head, first = program // chunks // heads, program // chunks % heads, program % chunks * CHUNK
+    left = time - first
+    at, at_key = tl.arange(0, CHUNK), column + tl.arange(0, KEY_BLOCK)
+    i, j = at[:, None], at[None, :]
+    key = _load(_at(k, batch, first, head // shared), k.time, left, KEY, column, CHUNK, KEY_BLOCK).to(SUM)
+    query = _load(_at(q, batch, first, head // shared), q.time, left, KEY, column, CHUNK, KEY_BLOCK).to(SUM)
+    g = _channel_decays(log_decay, starts, batch, first, left, head, column, KEY, CHUNK, KEY_BLOCK, SUM)
+    since_start = tl.exp(_sums(i >= j, g, NARROW, SUM, PRECISION))
+    _store(_at(q_start, batch, first, head), q_start.time, CHUNK, KEY, column, query * since_start)
+    _store(_at(k_start, batch, first, head), k_start.time, CHUNK, KEY, column, key * since_start)
+    until_end = tl.exp(_sums(i < j, g, NARROW, SUM, PRECISION))
+    _store(_at(k_end, batch, first, head), k_end.time, CHUNK, KEY, column, key * until_end)
+    tl.store(keeps + program * KEY + at_key, tl.exp(tl.sum(g, 0)), mask=at_key < KEY)
+
+
+@triton.jit
 def _score_channels(
-    q, k, log_decay, beta, starts, scores, reads, gates, keeps, q_start, k_start, k_end, time, heads, chunks, shared,
+    q, k, log_decay, beta, starts, scores, reads, gates, time, heads, chunks, shared,
     KEY: tl.constexpr, CHUNK: tl.constexpr, KEY_BLOCK: tl.constexpr, LEVELS: tl.constexpr, NARROW: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``_score`` for a decay a channel; also e^{G_C}, and queries and keys decayed since the start and to the end."""
+    """``_score`` for a decay a channel."""
     program = tl.program_id(0).to(tl.int64)
     batch, head, first = program // chunks // heads, program // chunks % heads, program % chunks * CHUNK
     left = time - first
@@ -195,13 +219,6 @@ def _score_channels(
         query = _load(q_row, q.time, left, KEY, column, CHUNK, KEY_BLOCK)
         g = _channel_decays(log_decay, starts, batch, first, left, head, column, KEY, CHUNK, KEY_BLOCK, SUM)
         own += tl.sum(query.to(SUM) * key.to(SUM), 1)
-        since_start = tl.exp(_sums(i >= j, g, NARROW, SUM, PRECISION))
-        _store(_at(q_start, batch, first, head), q_start.time, CHUNK, KEY, column, query.to(SUM) * since_start)
-        _store(_at(k_start, batch, first, head), k_start.time, CHUNK, KEY, column, key.to(SUM) * since_start)
-        until_end = tl.exp(_sums(i < j, g, NARROW, SUM, PRECISION))
-        _store(_at(k_end, batch, first, head), k_end.time, CHUNK, KEY, column, key.to(SUM) * until_end)
-        at_key = column + tl.arange(0, KEY_BLOCK)
-        tl.store(keeps + program * KEY + at_key, tl.exp(tl.sum(g, 0)), mask=at_key < KEY)
         for level in range(LEVELS):
             decay = tl.exp(_sums(_to_middle(i, j, level), g, NARROW, SUM, PRECISION))
             near_key = (key.to(SUM) * decay).to(key.dtype)
@@ -696,8 +713,13 @@ def _prepare(call, chunks, q, k, log_decay, beta, starts):
         keeps = q.new_empty(cells, call.key, dtype=call.wide)
         tile = (call.batch, chunks * call.chunk, call.heads, call.key)
         q_start, k_start, k_end = (_rows(q.new_empty(tile)) for _ in range(3))
+        config = _config("decay", call)
+        _decay_channels[cells, triton.cdiv(call.key, config["KEY_BLOCK"])](
+            *inputs[:3], inputs[4], keeps, q_start, k_start, k_end, *sizes,
+            **call.constants("KEY", "CHUNK", "NARROW", "SUM", "PRECISION"), **config,
+        )  # fmt: skip
         _score_channels[(cells,)](
-            *inputs, scores, reads, gates, keeps, q_start, k_start, k_end, *sizes,
+            *inputs, scores, reads, gates, *sizes,
             **call.constants("KEY", "CHUNK", "LEVELS", "NARROW", "SUM", "PRECISION"), **_config("score", call),
         )  # fmt: skip
         ready = _Matrices(q_start, k_start, k_end, scores, reads, inverse, gates, keeps, 1)
@@ -827,14 +849,15 @@ class _Config(NamedTuple):
 # Found by compiling for real chips: no spills, and shared memory within the smallest limit.
 _CONFIGS = {
     "step": _Config(None, 32, 4, 1),
+    "decay": _Config(32, None, 4, 1),
     "score": _Config(64, None, 4, 2),
-    "score channels": _Config(64, None, 8, 1),
+    "score channels": _Config(32, None, 4, 1),
     "invert": _Config(None, None, 4, 1),
     "walk": _Config(None, 32, 8, 2),
     "walk back": _Config(None, 32, 8, 2),
     "pairs": _Config(None, 64, 4, 2),
-    "differentiate": _Config(64, 64, 8, 2),
-    "differentiate channels": _Config(32, 64, 8, 1),
+    "differentiate": _Config(32, 32, 8, 2),
+    "differentiate channels": _Config(16, 64, 8, 1),
 }
 _TAKES_ALL_KEYS = ("step", "walk", "walk back")
 
@@ -843,12 +866,15 @@ def _config(kernel, call):
     """Blocks, warps and stages of a kernel."""
     name = f"{kernel} channels" if call.channels and f"{kernel} channels" in _CONFIGS else kernel
     config = _CONFIGS[name]
-    settings = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    settings = launch_options(config.num_warps, config.num_stages)
     key, value = _power(call.key), _power(call.value)
+    value_block = config.value_block
     if name in _TAKES_ALL_KEYS:
         settings["KEY_BLOCK"] = key
+        if key > 128:
+            value_block, settings["num_stages"] = value_block // 2, 1
     elif config.key_block is not None:
         settings["KEY_BLOCK"] = min(key, config.key_block)
-    if config.value_block is not None:
-        settings["VALUE_BLOCK"] = min(value, config.value_block)
+    if value_block is not None:
+        settings["VALUE_BLOCK"] = min(value, value_block)
     return settings

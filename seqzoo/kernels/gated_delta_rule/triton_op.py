@@ -17,7 +17,7 @@ CELLS = 2048
 
 def segment(heads: int) -> int:
     """Tokens in a segment of ``heads`` heads, all rows of the batch together."""
-    return max(CELLS // heads, 4) * CHUNK
+    return max(CELLS // max(heads, 1), 4) * CHUNK
 
 
 def _run_forward(q, k, v, log_decay, beta, state, starts):

@@ -33,7 +33,7 @@ def _blocks(q: Tensor, v: Tensor) -> int:
     """Into how many blocks the heads of a group are cut: one for each thread, or more where their states are large."""
     batch, _, groups, heads, key, value = _sizes(q, v)
     shared = heads // groups
-    wanted = max(-(-torch.get_num_threads() // (batch * groups)), shared * key * value // BLOCK)
+    wanted = max(-(-torch.get_num_threads() // max(batch * groups, 1)), shared * key * value // BLOCK)
     most = -(-shared // min(shared, max(wanted, 1)))
     return -(-shared // most)
 

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from seqzoo.kernels.triton_support import last_axis_contiguous
+from seqzoo.kernels.triton_support import last_axis_contiguous, launch_options
 
 # e^CUT is 0 in float64 too, and CUT squared is far from the largest number of any type.
 CUT = tl.constexpr(-1e4)
@@ -526,7 +526,7 @@ def _run_steps(q, k, v, log_decay, bonus, state, starts, out):
     wide = torch.promote_types(v.dtype, torch.float32)
     last = torch.empty(batch, heads, key, value, dtype=wide, device=v.device)
     k_block = triton.next_power_of_2(key)
-    v_block = min(triton.next_power_of_2(value), max(4096 // k_block, 16))
+    v_block = min(triton.next_power_of_2(value), max(2048 // k_block, 16))
     _step[batch * heads, triton.cdiv(value, v_block)](
         q, k, v, log_decay, bonus, starts, state, out, last, time, q.stride(), k.stride(), v.stride(),
         HEADS=heads, GROUPS=q.shape[2], KEY=key, VALUE=value, DECAY=_decay(log_decay),
@@ -581,7 +581,7 @@ def _run_read(q, k, y, log_decay, bonus, starts, memories, out, settings, backwa
 def _run_gradient(q, k, v, dout, log_decay, bonus, starts, memories, dmemories, settings):
     (batch, time, heads, _), (groups, key) = v.shape, q.shape[2:]
     wide = torch.promote_types(v.dtype, torch.float32)
-    config = _config("gradient", settings)
+    config = _config("gradient" if heads == groups else "gradient of groups", settings)
     chunks, k_blocks = triton.cdiv(time, settings["CHUNK"]), triton.cdiv(key, config["K_BLOCK"])
     share = _heads_at_once(heads // groups, batch * groups * chunks * k_blocks)
     bundles = heads // share
@@ -615,6 +615,8 @@ CONFIGS = {
     ("read", True): (32, 64, 4, 2),
     ("gradient", False): (32, 64, 4, 1),
     ("gradient", True): (64, 64, 4, 1),
+    ("gradient of groups", False): (16, 64, 4, 1),
+    ("gradient of groups", True): (64, 64, 8, 1),
 }
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -654,9 +656,7 @@ def _config(kernel, settings):
     return {
         "K_BLOCK": max(min(triton.next_power_of_2(settings["KEY"]), k_block), 16),
         "V_BLOCK": max(min(triton.next_power_of_2(settings["VALUE"]), v_block), 16),
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
+    } | launch_options(num_warps, num_stages)
 
 
 def _pieces(programs, chunks):

@@ -610,6 +610,7 @@ void step_head(const Problem<T>& p, int64_t b, int64_t h, T* o, Wide<T>* last) {
 // cut into tiles of columns as well.
 template <class T, class Body>
 void for_each_heads(int64_t threads, const Problem<T>& p, int64_t unit, Body body) {
+    if (p.batch * p.heads == 0) return;
     int64_t units = p.heads / unit, wanted = std::max<int64_t>(1, (2 * threads + p.batch - 1) / p.batch);
     int64_t each = (units + wanted - 1) / wanted, blocks = (units + each - 1) / each;
     int64_t parts = p.batch * blocks >= threads ? 1 : (threads + p.batch * blocks - 1) / (p.batch * blocks);

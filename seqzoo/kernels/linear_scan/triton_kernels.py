@@ -284,7 +284,7 @@ class _Plan:
         self.wide = torch.promote_types(b.dtype, torch.float32)
         width, ahead = (CHANNELS // 2, AHEAD // 2) if b.is_complex() else (CHANNELS, AHEAD)
         blocks = triton.cdiv(self.channels, width)
-        wanted = min(triton.cdiv(PROGRAMS, batch * blocks), triton.cdiv(time, SHORTEST))
+        wanted = min(triton.cdiv(PROGRAMS, max(batch * blocks, 1)), triton.cdiv(time, SHORTEST))
         length = triton.cdiv(triton.cdiv(time, wanted), ahead) * ahead
         self.batch, self.segments = batch, triton.cdiv(time, length)
         self.grid = (batch * self.segments, blocks)

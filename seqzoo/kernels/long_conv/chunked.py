@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.backends import accumulation_dtype
+from seqzoo.kernels.long_conv import reference
 from seqzoo.kernels.segments import SEGMENT, by_segments
 
 
 def long_conv(x, kernel, state, starts):
     dtype = accumulation_dtype(x)
+    if not x.numel():
+        return reference.long_conv(x, kernel, state, starts)  # there are no transforms of nothing
     filters = kernel.to(dtype)
     # Time last, where transforms run: [batch, channel, time].
     past = None if state is None else state.to(dtype)
