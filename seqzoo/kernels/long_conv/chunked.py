@@ -42,13 +42,40 @@ def long_conv(x, kernel, state, starts):
     return y, last.to(x.dtype if state is None else state.dtype)
 
 
+class Convolution(torch.autograd.Function):
+    """The circular convolution over ``size`` of ``[batch, channel, ..., time]`` with ``[channel, taps]``, by transform.
+
+    The backward is written out because what autograd would keep for it are conjugates that are not computed yet, whose
+    sign PyTorch 2.13's compiler loses where it changes their layout. It also transforms real numbers only.
+    """
+
+    @staticmethod
+    def forward(ctx, u: Tensor, filters: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(u, filters)
+        ctx.size = size
+        return torch.fft.irfft(torch.fft.rfft(u, size) * _spectrum(filters, u.ndim, size), size)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        u, filters = ctx.saved_tensors
+        size, others = ctx.size, [0, *range(2, u.ndim - 1)]
+        spectrum = torch.fft.rfft(gradient, size)
+        of_u = torch.fft.irfft(spectrum * _spectrum(filters, u.ndim, size).conj_physical(), size)
+        of_filters = torch.fft.irfft((spectrum * torch.fft.rfft(u, size).conj_physical()).sum(others), size)
+        return of_u[..., : u.shape[-1]], of_filters[..., : filters.shape[1]], None
+
+
+def _spectrum(filters: Tensor, ndim: int, size: int) -> Tensor:
+    """The transform of ``[channel, taps]``, ready to meet ``[batch, channel, ..., frequency]`` with ``ndim`` axes."""
+    return torch.fft.rfft(filters, size).unflatten(0, (-1, *[1] * (ndim - 3)))
+
+
 def _convolve(u: Tensor, filters: Tensor) -> Tensor:
     """The causal convolution of ``[batch, channel, time]`` with ``[channel, size]``, zeros in front."""
     time = u.shape[-1]
     taps = min(filters.shape[1], time)
     size = 1 << (time + taps - 2).bit_length()
-    product = torch.fft.rfft(u, size) * torch.fft.rfft(filters[:, :taps], size)
-    return torch.fft.irfft(product, size)[..., :time]
+    return Convolution.apply(u, filters[:, :taps], size)[..., :time]
 
 
 def _within_documents(u: Tensor, filters: Tensor, document: Tensor) -> Tensor:
@@ -64,8 +91,8 @@ def _within_documents(u: Tensor, filters: Tensor, document: Tensor) -> Tensor:
         spanning = number[..., 1:, :1]
         outside = number != spanning
         earlier = blocks[..., 0, :].masked_fill(outside[..., 0, :], 0)
-        spectrum = torch.fft.rfft(earlier, 2 * half) * torch.fft.rfft(filters[:, : 2 * half], 2 * half)[:, None]
-        later = torch.fft.irfft(spectrum, 2 * half)[..., half:].masked_fill(outside[..., 1, :], 0)
+        reached = Convolution.apply(earlier, filters[:, : 2 * half], 2 * half)[..., half:]
+        later = reached.masked_fill(outside[..., 1, :], 0)
         y = y + torch.stack([torch.zeros_like(later), later], -2).flatten(-3)
         half *= 2
     return y[..., :time]
