@@ -4,6 +4,7 @@
 takes. ``checked_ranges`` is a context in which they also refuse values outside their legal range.
 """
 
+from seqzoo.kernels import diagonal_state_space as _diagonal_state_space
 from seqzoo.kernels import dplr_delta_rule as _dplr_delta_rule
 from seqzoo.kernels import gated_delta_product as _gated_delta_product
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
@@ -26,5 +27,6 @@ OPERATORS = {
     "gated_delta_rule": _gated_delta_rule.IMPLEMENTATIONS,
     "gated_delta_product": _gated_delta_product.IMPLEMENTATIONS,
     "long_conv": _long_conv.IMPLEMENTATIONS,
+    "diagonal_state_space": _diagonal_state_space.IMPLEMENTATIONS,
     "dplr_delta_rule": _dplr_delta_rule.IMPLEMENTATIONS,
 }

@@ -23,6 +23,7 @@ from seqzoo.layers.min_gru import MinGRU
 from seqzoo.layers.mlstm import MLSTM
 from seqzoo.layers.retnet import RetNet
 from seqzoo.layers.rg_lru import RGLRU
+from seqzoo.layers.s4d import S4D
 from seqzoo.layers.s5 import S5
 from seqzoo.layers.sgconv import SGConv
 from seqzoo.layers.short_conv import ShortConv
@@ -31,7 +32,7 @@ from seqzoo.layers.swiglu import SwiGLU
 
 FAMILIES = {
     "attention": (Attention,),
-    "state space": (LRU, Mamba, Mamba2, S5),
+    "state space": (LRU, Mamba, Mamba2, S4D, S5),
     "linear recurrence": (MinGRU, RGLRU),
     "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet),
     "delta rule": (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention),
@@ -49,6 +50,7 @@ __all__ = [
     "LRU",
     "MLSTM",
     "RGLRU",
+    "S4D",
     "S5",
     "SLSTM",
     "Attention",

@@ -1,7 +1,7 @@
-"""LRU and S5 against their official equations, step by step: their authors' code is JAX.
+"""LRU, S4D and S5 against their official equations: their authors' code is no package, or JAX.
 
-Read in NicolasZucchet/minimal-LRU (lru/model.py, the appendix of the paper) and in lindermanlab/S5 (s5/ssm.py,
-s5/layers.py).
+Read in NicolasZucchet/minimal-LRU (lru/model.py, the appendix of the paper), state-spaces/s4 (models/s4/s4d.py) and
+lindermanlab/S5 (s5/ssm.py, s5/layers.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from peers import PRECISIONS, TIMES, TOLERANCE, differentiate, draw, error
 
-from seqzoo.layers import LRU, S5
+from seqzoo.layers import LRU, S4D, S5
 from seqzoo.parts.state_space import hold, legendre_eigenvalues
 
 
@@ -46,7 +46,25 @@ def s5(layer, x, h):
     return glu(layer.out, F.gelu(torch.stack(outputs, 1))), h
 
 
-CASES = {"LRU": (lambda: LRU(32, state_size=12), lru), "S5": (lambda: S5(32, state_size=24, num_blocks=3), s5)}
+def s4d(layer, x, h):
+    """A convolution with K_l = 2 Re(sum of C (e^{dt A} - 1) / A e^{l dt A}), by transforms as in the authors' code."""
+    dt, time = torch.exp(layer.log_step), x.shape[1]
+    A = -torch.exp(layer.decay_log) + 1j * layer.frequency
+    dtA = A * dt[:, None]
+    turns = torch.exp(dtA[..., None] * torch.arange(time))
+    entered = (torch.exp(dtA) - 1) / A
+    K = 2 * torch.einsum("hn,hnl->hl", torch.view_as_complex(layer.read) * entered, turns).real
+    spectrum = torch.fft.rfft(K.T, n=2 * time, dim=0) * torch.fft.rfft(x, n=2 * time, dim=1)
+    y = torch.fft.irfft(spectrum, n=2 * time, dim=1)[:, :time] + x * layer.skip
+    last = torch.einsum("bth,hnt->bhn", x.to(A.dtype), turns.flip(2)) * entered
+    return glu(layer.out, F.gelu(y)), last
+
+
+CASES = {
+    "LRU": (lambda: LRU(32, state_size=12), lru),
+    "S4D": (lambda: S4D(32, state_size=16), s4d),
+    "S5": (lambda: S5(32, state_size=24, num_blocks=3), s5),
+}
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
@@ -80,7 +98,7 @@ def ours(layer, x, cut=0):
 
 
 def theirs(layer, equations, x):
-    zero = torch.zeros(2, len(layer.read.weight[0]), dtype=x.dtype.to_complex())
+    zero = torch.zeros(2, 12, dtype=x.dtype.to_complex())
     return results(layer, lambda x: equations(layer, x, zero), x)
 
 

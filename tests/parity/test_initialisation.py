@@ -13,6 +13,7 @@ from seqzoo.layers import (
     HGRN2,
     LRU,
     RGLRU,
+    S4D,
     S5,
     DeltaNet,
     DeltaProduct,
@@ -173,6 +174,22 @@ def test_lru(start):
     torch.testing.assert_close(layer.gamma_log.exp(), (1 - radius**2).sqrt())
     for tensor, spread in ((layer.write.weight, 512**-0.5), (layer.read.weight, 1024**-0.5), (layer.skip, 1.0)):
         assert abs(tensor.mean()) < 0.2 * spread and abs(tensor.std() / spread - 1) < 0.15
+
+
+def test_s4d(start):
+    """Steps log-uniform, decay rates of one half, frequencies of the three kinds, and complex C of variance one."""
+    n = torch.arange(32)
+    frequencies = {
+        "linear": torch.pi * n,
+        "inverse": 64 / torch.pi * (64 / (2 * n + 1) - 1),
+        "legendre": legendre_eigenvalues(64)[0].imag.float(),
+    }
+    for name, expected in frequencies.items():
+        layer = start(S4D, 1024, frequencies=name)
+        torch.testing.assert_close(layer.frequency, expected.expand(1024, 32))
+        torch.testing.assert_close(layer.decay_log.exp(), torch.full((1024, 32), 0.5))
+        assert_uniform(layer.log_step.detach(), math.log(1e-3), math.log(1e-1))
+        assert abs(layer.read.square().sum(-1).mean() - 1) < 0.02 and abs(layer.skip.std() - 1) < 0.1
 
 
 def test_s5(start):
