@@ -12,9 +12,11 @@ from torch import nn
 from seqzoo.layers import (
     HGRN2,
     LRU,
+    MLSTM,
     RGLRU,
     S4D,
     S5,
+    SLSTM,
     DeltaNet,
     DeltaProduct,
     GatedDeltaNet,
@@ -242,3 +244,18 @@ def test_long_filters_start_as_the_official_ones(start):
     assert middle[-8:].std() < 1e-6 * first[-8:].std() or not middle[-8:].any()  # e^{-256 / 2}
     assert sgconv.scales.shape == (5, 512, 64) and abs(sgconv.scales.std() - 1) < 0.02
     torch.testing.assert_close((sgconv._stretch() / sgconv.norm).norm(dim=1), torch.ones(512))
+
+
+def test_xlstm_starts_with_open_forget_gates(start):
+    mlstm, slstm = start(MLSTM, 64), start(SLSTM, 64, num_heads=2)
+    assert not mlstm.gates.weight.any() and (mlstm.gates.bias[:4] == -10).all()
+    torch.testing.assert_close(mlstm.gates.bias[4:].detach(), torch.tensor([3.0, 4.0, 5.0, 6.0]))
+    assert not slstm.recurrent.any()
+    input_bias, forget_bias, *others = slstm.bias.detach().chunk(4, 1)
+    assert not any(bias.any() for bias in (input_bias, *others))
+    assert (forget_bias[:, 0] == 5).all() and (forget_bias[:, -1] == -7).all()
+    assert (forget_bias.diff() < 0).all()
+    deepest = start(SLSTM, 64, num_heads=2, layer_index=3, num_layers=4).bias.detach().chunk(4, 1)[1]
+    assert (deepest[:, 1:-1] > forget_bias[:, 1:-1]).all()
+    for weight in (mlstm.projection.weight, slstm.gates):
+        assert abs(weight.std() - (2 / (5 * 64)) ** 0.5) < 0.005

@@ -1,0 +1,124 @@
+"""MLSTM and SLSTM against the layers of the xlstm package."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from einops import rearrange
+from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, pair, run_ours, run_peer
+
+from seqzoo.layers import MLSTM, SLSTM
+from seqzoo.layers.mlstm import MLSTMState
+from seqzoo.layers.slstm import SLSTMState
+
+large = pytest.importorskip("xlstm.xlstm_large.model")
+blocks = pytest.importorskip("xlstm.blocks.slstm.layer")
+
+HEADS = 2
+MLSTM_NAMES = {
+    "projection.weight": lambda theirs: torch.cat(
+        [theirs[f"{name}.weight"] for name in ("q", "k", "v", "ogate_preact")]
+    ),
+    "gates.weight": lambda theirs: torch.cat([theirs["igate_preact.weight"], theirs["fgate_preact.weight"]]),
+    "gates.bias": lambda theirs: torch.cat([theirs["igate_preact.bias"], theirs["fgate_preact.bias"]]),
+    "norm.weight": lambda theirs: theirs["multihead_norm.weight"].flatten(),
+    "out.weight": "out_proj.weight",
+}
+# What the official layer calls its forget gate drives the cell's input gate, and the other way round.
+SLSTM_NAMES = {
+    "conv.weight": lambda theirs: theirs["conv1d.conv.weight"].squeeze(1),
+    "conv.bias": "conv1d.conv.bias",
+    "gates": lambda theirs: torch.stack([theirs[f"{name}gate.weight"].mT for name in "fizo"]),
+    "recurrent": lambda theirs: theirs["slstm_cell._recurrent_kernel_"].mT,
+    "bias": lambda theirs: rearrange(theirs["slstm_cell._bias_"], "(g h i) -> h (g i)", g=4, h=HEADS),
+    "norm.weight": "group_norm.weight",
+}
+
+
+def build_mlstm(dtype, eps=0.0):
+    """Without what the official code adds to denominators: outputs would depend on the stabilizer."""
+    # The name of a type, which widening torch.float32 does not reach.
+    name = str(dtype).removeprefix("torch.")
+    backend = large.mLSTMBackendConfig(mode="inference", chunk_size=16, eps=eps, inference_state_dtype=name)
+    config = large.mLSTMLayerConfig(embedding_dim=32, num_heads=HEADS, mlstm_backend=backend, norm_eps=1e-2)
+    peer = large.mLSTMLayer(config)
+    # At the start of training nothing would be written; where much is, the normalizer takes all of a first query.
+    torch.nn.init.uniform_(peer.igate_preact.bias, -2, 0)
+    ours = MLSTM(32, num_heads=HEADS, norm_eps=config.norm_eps)
+
+    def run(peer, x, cache):
+        y, last = peer(x, cache or None)
+        if cache is not None:
+            cache[:] = last
+        return y
+
+    return pair(ours, peer, MLSTM_NAMES, run)
+
+
+def build_slstm(dtype):
+    config = blocks.sLSTMLayerConfig(embedding_dim=32, num_heads=HEADS, backend="vanilla", batch_size=2)
+    peer = blocks.sLSTMLayer(config)
+    peer.reset_parameters()
+    # Its norm's weights are what is added to one.
+    peer.group_norm.residual_weight = False
+    torch.nn.init.ones_(peer.group_norm.weight)
+    return pair(SLSTM(32, num_heads=HEADS), peer, SLSTM_NAMES, lambda peer, x, cache: peer(x))
+
+
+BUILD = pytest.mark.parametrize("build", [build_mlstm, build_slstm], ids=["MLSTM", "SLSTM"])
+
+
+@PRECISIONS
+@TIMES
+@BUILD
+def test_values_and_gradients(build, dtype, time):
+    both, x = build(dtype).to(dtype), draw(time, dtype)
+    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("cut", [1, 37, 99])
+@BUILD
+def test_gradients_through_the_state(build, dtype, cut):
+    both, x = build(dtype).to(dtype), draw(100, dtype)
+    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
+
+
+@PRECISIONS
+@torch.no_grad()
+def test_mlstm_goes_on_from_the_peers_cache(dtype):
+    both, cache, state = build_mlstm(dtype).to(dtype), [], None
+    for time in (37, 1, 1, 63):
+        x = draw(time, dtype, seed=time)
+        theirs = both.call_peer(x, cache)
+        y, state = both.ours(x, state)
+        memory, normalizer, stabilizer = cache
+        expected = MLSTMState(memory.clone(), normalizer.clone(), stabilizer.reshape(2, HEADS).clone())
+        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
+        state = expected
+
+
+@PRECISIONS
+@torch.no_grad()
+def test_slstm_goes_on_from_the_peers_cache(dtype):
+    both, conv, states, state = build_slstm(dtype).to(dtype), None, None, None
+    for time in (37, 1, 1, 63):
+        x = draw(time, dtype, seed=time)
+        theirs, last = both.peer(x, conv, states, return_last_state=True)
+        y, state = both.ours(x, state)
+        conv, states = last["conv_state"], last["slstm_state"]
+        expected = SLSTMState(*states.clone().unbind(), conv.clone())
+        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
+        state = expected
+
+
+def test_slstm_rounds_no_worse_in_bfloat16():
+    """Not mLSTM: the peer's matrices and states do not multiply in bfloat16."""
+    assert_rounds_no_worse(build_slstm(torch.float64))
+
+
+@torch.no_grad()
+def test_the_official_epsilon_makes_outputs_depend_on_the_stabilizer():
+    both, x = build_mlstm(torch.float64, eps=1e-6), draw(37, torch.float64)
+    official, exact = both.call_peer(x), both.ours(x)[0]
+    assert 1e-10 < (official - exact).norm() / exact.norm() < 1e-3
