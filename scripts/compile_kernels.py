@@ -7,6 +7,10 @@ at; each kernel that they launch is compiled instead, in all the configurations 
 each: registers, spilled bytes, stack and shared memory as the assembler counts them; matmuls; and instructions of
 tensor cores in the machine code, those inside loops and all. A spill, more shared memory than the chip has, a matmul
 that did not become an instruction of tensor cores, and a kernel that does not compile are failures.
+
+With --compare-fla the kernels of flash-linear-attention are compiled for the same calls, and a row for each call sets
+both side by side. Its kernels are tuned by timing them, which takes a GPU; here each counts as the first of its pruned
+configurations that neither spills nor lacks shared memory, or as the one that spills least.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from seqzoo.kernels import OPERATORS, triton_support
+from seqzoo.kernels import OPERATORS, adapters, triton_support
 
 
 class Chip(NamedTuple):
@@ -82,6 +87,7 @@ class Job(NamedTuple):
     variant: str
     sizes: tuple[tuple[str, int], ...]
     mode: str
+    backend: str = "triton"
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.sizes)
@@ -92,7 +98,7 @@ class Kernel(NamedTuple):
     """One compiled kernel, or what stood in the way of one."""
 
     chip: str
-    job: str
+    job: Job
     name: str
     identity: str
     config: str = ""
@@ -130,43 +136,69 @@ class Driver:
         return GPUTarget(*CHIPS[self.chip].target)
 
     def get_current_device(self) -> int:
-        return list(CHIPS).index(self.chip)  # Triton remembers the target of a device.
+        return 0
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
+    @property
+    def utils(self) -> SimpleNamespace:
+        # Of these, kernels of others choose their blocks by the shared memory; the count is an H100's.
+        properties = {"max_shared_mem": CHIPS[self.chip].shared, "multiprocessor_count": 132}
+        return SimpleNamespace(get_device_properties=lambda device: properties)
+
+
+def pretend(chip: str) -> None:
+    """Triton, PyTorch and the operators believe from now on that ``chip`` is here. A process knows one chip."""
+    from triton.runtime.driver import driver
+
+    kind, architecture, _ = CHIPS[chip].target
+    capability = divmod(int(architecture), 10) if kind == "cuda" else (9, 4)
+    driver.set_active(Driver(chip))  # pyright: ignore[reportArgumentType]
+    triton_support.missing = lambda device: None
+    adapters.missing = lambda package, device, dtype: None
+    torch.version.hip = "compiling" if kind == "hip" else None
+    torch.cuda.get_device_capability = lambda device=None: capability
+    torch.cuda.get_device_name = lambda device=None: chip
+    torch.cuda.device_count = lambda: 1
+
 
 @contextlib.contextmanager
-def compiling_for(chip: str) -> Iterator[list[tuple[Any, str, bool]]]:
-    """Kernels that are launched inside are compiled for ``chip`` instead.
-
-    Yields:
-        the list that fills with each compiled kernel, what the assembler said, and whether it had been compiled before.
-    """
+def compiling(job: Job) -> Iterator[list[Kernel]]:
+    """Kernels that are launched inside are compiled instead, and fill the list."""
     from triton import knobs
-    from triton.runtime.driver import driver
+    from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    compiled, cached = [], []
-    launch = JITFunction.run
+    compiled, fresh = [], []
+    launch, tune = JITFunction.run, Autotuner.run
 
     def run(self, *args, grid, warmup, **kwargs):
         # An assembler's report is printed by Triton; there is no other way to it.
         said = io.StringIO()
-        cached.clear()
+        fresh.clear()
         with contextlib.redirect_stdout(said):
             kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((kernel, said.getvalue(), cached != [False]))
+        compiled.append(measure(job, kernel, said.getvalue() if fresh else None))
         return kernel
 
+    def choose(self, *args, **kwargs):
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        tried = []
+        for config in self.prune_configs(kwargs):
+            self.fn.run(*args, **kwargs, **config.all_kwargs())
+            tried.append(compiled.pop())
+            if not tried[-1].spilled and tried[-1].shared <= CHIPS[job.chip].shared:
+                break
+        compiled.append(min(tried, key=lambda x: (x.shared > CHIPS[job.chip].shared, x.spilled)))
+
     knobs.nvidia.dump_ptxas_log = True
-    knobs.compilation.listener = lambda *, cache_hit, **_: cached.append(cache_hit)
-    driver.set_active(Driver(chip))  # pyright: ignore[reportArgumentType]
-    JITFunction.run = run
+    knobs.compilation.listener = lambda *, cache_hit, **_: None if cache_hit else fresh.append(True)
+    JITFunction.run, Autotuner.run = run, choose
     try:
         yield compiled
     finally:
-        JITFunction.run = launch
+        JITFunction.run, Autotuner.run = launch, tune
 
 
 def first_number(pattern: str, text: str) -> int:
@@ -227,9 +259,33 @@ def matmuls(text: str) -> tuple[int, int]:
     return len(products), missed
 
 
-def measure(chip: str, job: str, kernel: Any, said: str) -> Kernel:
+def remember(kernel: Any, said: str | None) -> str:
+    """What the assembler said when a kernel was compiled: now, or before, maybe by another worker."""
+    file = Path(os.environ["TRITON_CACHE_DIR"]) / f"{kernel.hash}.said"
+    if said is not None:
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(said)
+        unfinished.rename(file)
+    for _ in range(100):
+        if file.exists():
+            return file.read_text()
+        time.sleep(0.1)  # another worker compiled it just now, and is about to write
+    raise RuntimeError("a kernel comes from the cache, and nobody kept what the assembler said")
+
+
+_measured: dict[str, Kernel] = {}
+
+
+def measure(job: Job, kernel: Any, said: str | None) -> Kernel:
+    said = remember(kernel, said)
+    if kernel.hash not in _measured:
+        _measured[kernel.hash] = read_machine_code(job, kernel, said)
+    return _measured[kernel.hash]._replace(job=job)
+
+
+def read_machine_code(job: Job, kernel: Any, said: str) -> Kernel:
     module = kernel.src.fn.module.removeprefix("seqzoo.kernels.").removesuffix(".triton_kernels")
-    kind, asm, names = CHIPS[chip].target[0], kernel.asm, kernel.src.fn.arg_names
+    kind, asm, names = CHIPS[job.chip].target[0], kernel.asm, kernel.src.fn.arg_names
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}
     config = [f"{name}={value}" for name, value in constants.items() if name.isupper()]
     config += [f"no {name}" for name, value in constants.items() if value is None and not name.isupper()]
@@ -247,7 +303,7 @@ def measure(chip: str, job: str, kernel: Any, said: str) -> Kernel:
         spilled = 4 * first_number(r"\.vgpr_spill_count: +(\d+)", asm["amdgcn"])
         code = split_assembly(asm["amdgcn"])
     return Kernel(
-        chip, job, f"{module}.{kernel.metadata.name}", kernel.hash, " ".join(config), registers, spilled, stack,
+        job.chip, job, f"{module}.{kernel.metadata.name}", kernel.hash, " ".join(config), registers, spilled, stack,
         kernel.metadata.shared, *matmuls(asm["ttgir"]), *count_in_loops(code, TENSOR_CORES[kind]),
     )  # fmt: skip
 
@@ -267,56 +323,79 @@ def run_operator(job: Job) -> None:
     if job.mode != "decode":
         inputs = tree_map_only(torch.Tensor, lambda x: x.requires_grad_(), inputs)
     operator = getattr(importlib.import_module(f"seqzoo.kernels.{job.operator}"), job.operator)
-    outputs = tree_leaves(operator(**inputs, starts=starts, backend="triton"))
+    outputs = tree_leaves(operator(**inputs, starts=starts, backend=job.backend))
     if job.mode != "decode":
         torch.autograd.backward(outputs, [torch.zeros_like(y) for y in outputs])
 
 
 def compile_job(job: Job) -> list[Kernel]:
-    # Kernels run where their launchers believe that they can, and on AMD's chips torch would be AMD's.
-    triton_support.missing = lambda device: None
-    torch.version.hip = "compiling" if CHIPS[job.chip].target[0] == "hip" else None
+    pretend(job.chip)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     error = ""
-    with compiling_for(job.chip) as compiled:
+    with compiling(job) as kernels:
         try:
             run_operator(job)
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
-    rows = [measure(job.chip, str(job), kernel, said) for kernel, said, cached in compiled if not cached]
-    if error:
-        rows.append(Kernel(job.chip, str(job), "-", str(job), error=error))
-    elif not compiled:
-        rows.append(Kernel(job.chip, str(job), "-", str(job), error="no kernel was launched"))
-    return rows
+    if not error and not kernels:
+        error = "no kernel was launched"
+    return kernels + [Kernel(job.chip, job, "-", str(job), error=error)] * bool(error)
 
 
-def collect_jobs(chips: list[str], operators: list[str], modes: list[str]) -> list[Job]:
+def collect_jobs(chip: str, operators: list[str], modes: list[str], quick: bool, compare_fla: bool) -> list[Job]:
     jobs = []
     for operator in operators:
+        module = importlib.import_module(f"seqzoo.kernels.{operator}")
         variants = importlib.import_module(f"seqzoo.kernels.{operator}.reference").VARIANTS
-        cases = [(sizes, variant, mode) for sizes in SIZES[operator] for variant in variants for mode in modes]
-        for sizes, variant, mode in cases:
-            jobs += [Job(chip, operator, variant, tuple(sizes.items()), mode) for chip in chips]
+        backends = ["triton"] + ["fla"] * (compare_fla and "fla" in module.IMPLEMENTATIONS)
+        for index, sizes in enumerate(SIZES[operator]):
+            # Without documents there is less to compile, and steps hardly depend on sizes.
+            few = [mode for mode in modes if mode == "packed" or (mode == "decode" and not index)]
+            cases = [(variant, mode) for variant in variants for mode in (few if quick else modes)]
+            jobs += [
+                Job(chip, operator, variant, tuple(sizes.items()), mode, backend)
+                for variant, mode in cases
+                for backend in backends
+            ]
     return jobs
 
 
-def print_kernels(console: Console, chip: str, kernels: list[Kernel]) -> None:
-    table = Table(title=chip, box=SIMPLE_HEAD, title_justify="left")
-    for name in ("kernel", "config"):
-        table.add_column(name, overflow="fold")
-    for name in ("registers", "spilled", "stack", "shared", "matmuls", "tensor cores: in loops", "all"):
-        table.add_column(name, justify="right")
+NUMBERS = ("registers", "spilled", "stack", "shared", "matmuls", "tensor cores: in loops", "all")
+
+
+def table_of(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    for name in columns:
+        number = name in NUMBERS or name == "kernels"
+        table.add_column(name, overflow="fold", justify="right" if number else "left")
+    return table
+
+
+def show_kernels(chip: str, kernels: list[Kernel]) -> Table:
+    table = table_of(chip, "kernel", "config", *NUMBERS)
     for kernel in sorted(kernels, key=lambda x: (x.name, x.config)):
         numbers = (kernel.registers, kernel.spilled, kernel.stack, kernel.shared, kernel.matmuls, kernel.in_loops)
-        table.add_row(
-            kernel.name,
-            kernel.config,
-            *map(str, (*numbers, kernel.instructions)),
-            style="red" if kernel.failures() else None,
-        )
-    console.print(table)
+        style = "red" if kernel.failures() else None
+        table.add_row(kernel.name, kernel.config, *map(str, (*numbers, kernel.instructions)), style=style)
+    return table
+
+
+def show_calls(chip: str, calls: dict[Job, list[Kernel]]) -> Table:
+    """A row for each call and side: the most registers and shared memory of a kernel, the sums of the rest."""
+    table = table_of(f"{chip}, calls", "call", "side", "kernels", *NUMBERS)
+    for job in sorted(calls, key=lambda x: (str(x), x.backend != "triton")):
+        if job._replace(backend="fla") in calls:
+            rows = list({kernel.identity: kernel for kernel in calls[job]}.values())
+            numbers = [
+                max(x.registers for x in rows), sum(x.spilled for x in rows), sum(x.stack for x in rows),
+                max(x.shared for x in rows), sum(x.matmuls for x in rows), sum(x.in_loops for x in rows),
+                sum(x.instructions for x in rows),
+            ]  # fmt: skip
+            wrong = next((x.error for x in rows if x.error), None)
+            side = "seqzoo" if job.backend == "triton" else "fla"
+            table.add_row(str(job), side, *([wrong] if wrong else map(str, (len(rows), *numbers))))
+    return table
 
 
 def main() -> int:
@@ -325,33 +404,43 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", choices=CHIPS, default=["sm_80", "sm_90"], help="chips")
     parser.add_argument("--operator", nargs="+", choices=with_triton, default=with_triton)
     parser.add_argument("--mode", nargs="+", choices=TIMES, default=list(TIMES), help="what is called")
+    parser.add_argument("--quick", action="store_true", help="training with documents only, one size for decoding")
+    parser.add_argument("--compare-fla", action="store_true", help="fla's kernels too, which never count as failures")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not compiled")
 
     console = Console(width=max(Console().width, 170))
-    began, kernels = time.perf_counter(), {}
-    jobs = collect_jobs(options.target, options.operator, options.mode)
-    # A cache of this run alone: workers share what they compile, and nothing old can pass for compiled.
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-            for done in as_completed([pool.submit(compile_job, job) for job in jobs]):
-                kernels |= {(kernel.chip, kernel.identity): kernel for kernel in done.result()}
+    began, number, compiled, failures = time.perf_counter(), 0, 0, []
     for chip in options.target:
-        print_kernels(
-            console, chip, [kernel for kernel in kernels.values() if kernel.chip == chip and not kernel.error]
-        )
-    failed = 0
-    for kernel in kernels.values():
-        for reason in kernel.failures():
-            failed += 1
-            print(f"{kernel.chip}: {kernel.name} [{kernel.config}] of {kernel.job}: {reason}", file=sys.stderr)
-    compiled = sum(not kernel.error for kernel in kernels.values())
-    print(f"{compiled} kernels of {len(jobs)} calls in {time.perf_counter() - began:.0f} s; {failed} failures")
-    return bool(failed)
+        calls: dict[Job, list[Kernel]] = {}
+        jobs = collect_jobs(chip, options.operator, options.mode, options.quick, options.compare_fla)
+        # A cache of this run alone: workers share what they compile, and nothing old can pass for compiled.
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["TRITON_CACHE_DIR"] = cache
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+                running = {pool.submit(compile_job, job): job for job in jobs}
+                for done in as_completed(running):
+                    job, calls[job] = running[done], done.result()
+                    bad = sum(bool(kernel.failures()) for kernel in calls[job])
+                    state = f"{chip} {len(calls)}/{len(jobs)}, {time.perf_counter() - began:.0f} s"
+                    side = "" if job.backend == "triton" else f"{job.backend}: "
+                    print(f"{state}: {side}{job}: {len(calls[job])} kernels, {bad} bad", file=sys.stderr, flush=True)
+        kernels = {kernel.identity: kernel for kernels in calls.values() for kernel in kernels}.values()
+        console.print(show_kernels(chip, [kernel for kernel in kernels if not kernel.error]))
+        if options.compare_fla:
+            console.print(show_calls(chip, calls))
+        ours = [kernel for kernel in kernels if kernel.job.backend == "triton"]
+        for kernel in ours:
+            where = f"{chip}: {kernel.name} [{kernel.config}] of {kernel.job}"
+            failures += [f"{where}: {reason}" for reason in kernel.failures()]
+        number += sum(job.backend == "triton" for job in jobs)
+        compiled += sum(not kernel.error for kernel in ours)
+    print(*failures, sep="\n", file=sys.stderr, flush=True)
+    print(f"{compiled} kernels of {number} calls in {time.perf_counter() - began:.0f} s; {len(failures)} failures")
+    return bool(failures)
 
 
 if __name__ == "__main__":
