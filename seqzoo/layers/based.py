@@ -49,12 +49,8 @@ class Based(Mixer):
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         if feature_dim < 1:
             raise ValueError(f"feature_dim={feature_dim}: a key needs at least 1 number")
-        self.num_heads, self.feature_dim, self.value_dim, self.backend = (
-            num_heads,
-            feature_dim,
-            dim // num_heads,
-            backend,
-        )
+        self.num_heads, self.feature_dim, self.value_dim = num_heads, feature_dim, dim // num_heads
+        self.backend = backend
         self.widths = [num_heads * feature_dim, num_heads * feature_dim, dim]
         self.projection = nn.Linear(dim, sum(self.widths), bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -71,8 +67,8 @@ class Based(Mixer):
         y, memory = gated_linear_attention(
             taylor(q), taylor(k), v, None, state and state.memory, starts, backend=self.backend
         )
-        # Every weight is at least a half, and so is their sum.
-        y = y[..., :-1] / y[..., -1:]
+        # Every weight is at least a half, and so is their sum; rounding may say less where scores are large.
+        y = y[..., :-1] / y[..., -1:].clamp(min=0.5)
         return self.out(rearrange(y, "b t h d -> b t (h d)")), BasedState(memory)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

@@ -6,30 +6,19 @@ and block-diagonal projections. The official code adds 1e-6 to the denominator, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from seqzoo.kernels.mlstm import MLSTMState as Memory
-from seqzoo.kernels.mlstm import mlstm
+from seqzoo.kernels.mlstm import MLSTMState, mlstm
 from seqzoo.mixer import Mixer
 from seqzoo.parts.heads import head_sizes
 from seqzoo.parts.norm import GroupLayerNorm
 
 INPUT_BIAS = -10.0
 FORGET_BIAS = (3.0, 6.0)
-
-
-class MLSTMState(NamedTuple):
-    """What a sequence leaves behind: memory and normalizer, divided by e^stabilizer (float32 or better)."""
-
-    memory: Float[Tensor, "batch head key value"]
-    normalizer: Float[Tensor, "batch head key"]
-    stabilizer: Float[Tensor, "batch head"]
 
 
 class MLSTM(Mixer):
@@ -105,9 +94,9 @@ class MLSTM(Mixer):
         gates = self.gates(x).to(torch.promote_types(x.dtype, torch.float32))
         input_gate, forget = (self.gate_soft_cap * (gates / self.gate_soft_cap).tanh()).chunk(2, -1)
         q, log_forget = q * self.key_dim**-0.5, F.logsigmoid(forget)
-        h, memory = mlstm(q, k, v, input_gate, log_forget, state and Memory(*state), starts, backend=self.backend)
+        h, state = mlstm(q, k, v, input_gate, log_forget, state, starts, backend=self.backend)
         h = self.norm(rearrange(h, "b t h d -> b t (h d)"))
-        return self.out(o.sigmoid() * h), MLSTMState(*memory)
+        return self.out(o.sigmoid() * h), state
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         wide = torch.promote_types(dtype, torch.float32)

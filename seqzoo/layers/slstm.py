@@ -18,6 +18,8 @@ from seqzoo.mixer import Mixer
 from seqzoo.parts.norm import GroupLayerNorm
 from seqzoo.parts.short_conv import CausalConv
 
+NOTHING = -torch.inf  # the stabilizer of a memory into which nothing was written
+
 
 class SLSTMState(NamedTuple):
     """What a sequence leaves behind: the last output, memory, normalizer and stabilizer, and the last inputs."""
@@ -75,7 +77,7 @@ class SLSTM(Mixer):
         # Of the gates i, f, z and o.
         self.gates = nn.Parameter(torch.empty(4, num_heads, size, size))
         self.recurrent = nn.Parameter(torch.empty(num_heads, size, 4 * size))
-        self.bias = nn.Parameter(torch.empty(num_heads, 4 * size))
+        self.bias = nn.Parameter(torch.empty(4 * dim))
         self.norm = GroupLayerNorm(dim, groups=num_heads, eps=norm_eps)
         self._draw()
 
@@ -87,7 +89,7 @@ class SLSTM(Mixer):
         nn.init.zeros_(self.bias)
         # Forget gates from open to shut over a head's channels.
         place = torch.arange(size, device=self.bias.device) / max(size - 1, 1)
-        self.bias[:, size : 2 * size] = 5 - 12 * place ** (0.3 + 1.3 * self.depth)
+        self.bias[dim : 2 * dim] = (5 - 12 * place ** (0.3 + 1.3 * self.depth)).repeat(self.num_heads)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -107,10 +109,12 @@ class SLSTM(Mixer):
         heads = [rearrange(z, "b t (h i) -> h (b t) i", h=self.num_heads) for z in (mixed, mixed, x, x)]
         driven = torch.cat([z @ weight for z, weight in zip(heads, self.gates, strict=True)], -1)
         wide = torch.promote_types(x.dtype, torch.float32)
-        driven = rearrange(driven.to(wide) + self.bias.to(wide)[:, None], "h (b t) g -> t h b g", b=len(x))
-        zero = driven.new_zeros(self.num_heads, len(x), self.gates.shape[-1])
-        carried = (zero,) * 4
-        if state is not None:
+        bias = rearrange(self.bias.to(wide), "(g h i) -> h 1 (g i)", g=4, h=self.num_heads)
+        driven = rearrange(driven.to(wide) + bias, "h (b t) g -> t h b g", b=len(x))
+        if state is None:
+            zero = driven.new_zeros(self.num_heads, len(x), self.gates.shape[-1])
+            carried = zero, zero, zero, zero + NOTHING
+        else:
             carried = tuple(rearrange(z.to(wide), "b (h i) -> h b i", h=self.num_heads) for z in state[:4])
         with torch.autocast(x.device.type, enabled=False):
             outputs, carried = self._walk(driven, carried, starts)
@@ -125,14 +129,13 @@ class SLSTM(Mixer):
         recurrent, outputs = self.recurrent.to(driven.dtype), []
         begins = [None] * len(driven) if starts is None else starts.T[:, None, :, None].unbind(0)
         for driven_t, begin in zip(driven.unbind(0), begins, strict=True):
-            if begin is not None:
-                carried = tuple(z.masked_fill(begin, 0) for z in carried)
             h, c, n, m = carried
+            if begin is not None:
+                h, c, n, m = (*(z.masked_fill(begin, 0) for z in (h, c, n)), m.masked_fill(begin, NOTHING))
             i, f, z, o = torch.baddbmm(driven_t, h, recurrent).chunk(4, -1)
             kept = F.logsigmoid(f) + m
-            # Where nothing was written yet the stabilizer is no bound on anything.
-            m = torch.where(n == 0, i, torch.maximum(i, kept))
-            write, keep = (i - m).exp(), (kept - m).clamp(max=0).exp()
+            m = torch.maximum(i, kept)
+            write, keep = (i - m).exp(), (kept - m).exp()
             c, n = keep * c + write * z.tanh(), keep * n + write
             h = o.sigmoid() * c / n
             carried = h, c, n, m

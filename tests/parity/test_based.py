@@ -1,14 +1,26 @@
-"""Based against fla's operator, which holds all products of queries and keys, inside the official layer's projections."""
+"""Based against fla's operator on all products of queries and keys, in the official projections; and its step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from einops import rearrange
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, pair, run_ours, run_peer
+from peers import (
+    PRECISIONS,
+    TIMES,
+    TOLERANCE,
+    assert_agree,
+    assert_rounds_no_worse,
+    draw,
+    error,
+    pair,
+    run_ours,
+    run_peer,
+)
 from torch import nn
 
 from seqzoo.layers import Based
+from seqzoo.layers.based import BasedState
 from seqzoo.parts.feature_maps import taylor, taylor_size
 
 naive = pytest.importorskip("fla.ops.based.naive")
@@ -47,6 +59,34 @@ def test_values_and_gradients(dtype, time, cut):
     both, x = build().to(dtype), draw(time, dtype)
     if cut < time:
         assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
+
+
+@PRECISIONS
+@torch.no_grad()
+def test_goes_on_from_the_official_state(dtype):
+    """``recurrent_forward``, with ``TaylorExp``: it has each product of two numbers twice, and half of both is ours."""
+    both = build().to(dtype)
+    x, peer = draw(40, dtype), both.peer
+    heads = [rearrange(map(x), "b t (h d) -> t b h d", h=HEADS) for map in (peer.proj_q, peer.proj_k, peer.proj_v)]
+    memory, total, state = torch.zeros(()), torch.zeros(()), None
+
+    def official(z):
+        squares = rearrange(z[..., :, None] * z[..., None, :], "... i j -> ... (i j)") / 2**0.5
+        return torch.cat([z[..., :1] ** 0, z / FEATURES**0.25, squares / FEATURES**0.5], -1)
+
+    square = torch.arange(FEATURES**2).view(FEATURES, FEATURES)
+    once, twice = square.diag(), square[*torch.triu_indices(FEATURES, FEATURES, 1)]
+    order = torch.cat([torch.arange(1 + FEATURES), 1 + FEATURES + once, 1 + FEATURES + twice])
+    scale = torch.ones(len(order), 1, dtype=dtype)
+    scale[-len(twice) :] = 2**0.5
+    for time, (q, k, v) in enumerate(zip(*heads, strict=True)):
+        q, k = official(q), official(k)
+        memory, total = memory + k[..., None] * v[..., None, :], total + k
+        o = (q[..., None] * memory).sum(-2) / ((q * total).sum(-1, keepdim=True) + 1e-12)
+        y, last = both.ours(x[:, time : time + 1], state)
+        state = BasedState(torch.cat([memory, total[..., None]], -1)[..., order, :] * scale)
+        for mine, theirs in ((y, peer.out_proj(o.flatten(1))[:, None]), (last.memory, state.memory)):
+            assert error(mine, theirs) < TOLERANCE[dtype]
 
 
 def test_rounds_no_worse_in_bfloat16():

@@ -17,6 +17,7 @@ from seqzoo.layers import (
     S4D,
     S5,
     SLSTM,
+    Based,
     DeltaNet,
     DeltaProduct,
     GatedDeltaNet,
@@ -128,7 +129,7 @@ def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
 
 def test_projections_have_no_bias(start):
     deltas = (DeltaNet, DeltaProduct, GatedDeltaNet, KimiDeltaAttention)
-    for layer in (Mamba, Mamba2, *deltas, HGRN2, LightningAttention, MinGRU, RetNet, ShortConv):
+    for layer in (Based, Mamba, Mamba2, *deltas, HGRN2, LightningAttention, MinGRU, RetNet, ShortConv):
         for name, module in start(layer, 64).named_modules():
             assert not isinstance(module, nn.Linear) or module.bias is None, name
 
@@ -234,6 +235,28 @@ def test_gated_linear_attention(start):
     assert (layer.norm.weight == 1).all()
 
 
+def test_mlstm(start):
+    """Gates that at first do not see the input: e^-10 enters, and heads keep from sigmoid(3) to sigmoid(6)."""
+    layer = start(MLSTM, 512, num_heads=4)
+    assert layer.widths == [256, 256, 512, 512]
+    assert not layer.gates.weight.any()
+    torch.testing.assert_close(layer.gates.bias, torch.tensor([-10.0, -10, -10, -10, 3, 4, 5, 6]))
+    assert abs(layer.projection.weight.std() / (2 / (5 * 512)) ** 0.5 - 1) < 0.01
+    assert (layer.norm.weight == 1).all()
+
+
+def test_slstm(start):
+    """No memory of outputs; in each head, channels from sigmoid(5) kept to sigmoid(-7), more of them high up."""
+    first, last = (start(SLSTM, 64, num_heads=2, layer_index=i, num_layers=3) for i in (0, 2))
+    place = torch.arange(32) / 31
+    for layer, power in ((first, 0.3), (last, 1.6)):
+        assert not layer.recurrent.any() and (layer.norm.weight == 1).all()
+        of_input, of_forget, *others = layer.bias.detach().view(4, 2, 32)
+        assert not any(bias.any() for bias in (of_input, *others))
+        torch.testing.assert_close(of_forget, (5 - 12 * place**power).expand(2, -1))
+        assert abs(layer.gates.std() / (2 / (5 * 64)) ** 0.5 - 1) < 0.03
+
+
 def test_long_filters_start_as_the_official_ones(start):
     hyena, long_conv, sgconv = start(Hyena, 256), start(LongConv, 512), start(SGConv, 512)
     assert (hyena.filter.frequency == 14).all()
@@ -244,18 +267,3 @@ def test_long_filters_start_as_the_official_ones(start):
     assert middle[-8:].std() < 1e-6 * first[-8:].std() or not middle[-8:].any()  # e^{-256 / 2}
     assert sgconv.scales.shape == (5, 512, 64) and abs(sgconv.scales.std() - 1) < 0.02
     torch.testing.assert_close((sgconv._stretch() / sgconv.norm).norm(dim=1), torch.ones(512))
-
-
-def test_xlstm_starts_with_open_forget_gates(start):
-    mlstm, slstm = start(MLSTM, 64), start(SLSTM, 64, num_heads=2)
-    assert not mlstm.gates.weight.any() and (mlstm.gates.bias[:4] == -10).all()
-    torch.testing.assert_close(mlstm.gates.bias[4:].detach(), torch.tensor([3.0, 4.0, 5.0, 6.0]))
-    assert not slstm.recurrent.any()
-    input_bias, forget_bias, *others = slstm.bias.detach().chunk(4, 1)
-    assert not any(bias.any() for bias in (input_bias, *others))
-    assert (forget_bias[:, 0] == 5).all() and (forget_bias[:, -1] == -7).all()
-    assert (forget_bias.diff() < 0).all()
-    deepest = start(SLSTM, 64, num_heads=2, layer_index=3, num_layers=4).bias.detach().chunk(4, 1)[1]
-    assert (deepest[:, 1:-1] > forget_bias[:, 1:-1]).all()
-    for weight in (mlstm.projection.weight, slstm.gates):
-        assert abs(weight.std() - (2 / (5 * 64)) ** 0.5) < 0.005

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 import pytest
 import torch
-from einops import rearrange
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, pair, run_ours, run_peer
+from peers import (
+    PRECISIONS,
+    TIMES,
+    assert_agree,
+    assert_rounds_no_worse,
+    draw,
+    error,
+    modeling,
+    pair,
+    run_ours,
+    run_peer,
+)
 
 from seqzoo.layers import MLSTM, SLSTM
 from seqzoo.layers.mlstm import MLSTMState
@@ -30,7 +43,7 @@ SLSTM_NAMES = {
     "conv.bias": "conv1d.conv.bias",
     "gates": lambda theirs: torch.stack([theirs[f"{name}gate.weight"].mT for name in "fizo"]),
     "recurrent": lambda theirs: theirs["slstm_cell._recurrent_kernel_"].mT,
-    "bias": lambda theirs: rearrange(theirs["slstm_cell._bias_"], "(g h i) -> h (g i)", g=4, h=HEADS),
+    "bias": "slstm_cell._bias_",
     "norm.weight": "group_norm.weight",
 }
 
@@ -113,8 +126,21 @@ def test_slstm_goes_on_from_the_peers_cache(dtype):
 
 
 def test_slstm_rounds_no_worse_in_bfloat16():
-    """Not mLSTM: the peer's matrices and states do not multiply in bfloat16."""
     assert_rounds_no_worse(build_slstm(torch.float64))
+
+
+def test_mlstm_rounds_no_worse_in_bfloat16(monkeypatch):
+    """Than transformers' layer, token by token: chunks of bfloat16 fail there and in the package alike."""
+    monkeypatch.setitem(sys.modules, "xlstm", None)  # else transformers' file has that one's layer
+    hf = modeling("xlstm")
+    sizes = {"hidden_size": 32, "num_heads": HEADS, "num_hidden_layers": 1, "norm_eps": 1e-2}
+    config = hf.xLSTMConfig(**sizes, eps=0.0, chunk_size=128)
+
+    def run(peer, x, cache):
+        peer.mlstm_backend = hf.xLSTMBackend(config)  # it binds dtypes where it is made
+        return peer(x)[0]
+
+    assert_rounds_no_worse(pair(MLSTM(32, num_heads=HEADS, norm_eps=1e-2), hf.xLSTMLayer(config), MLSTM_NAMES, run))
 
 
 @torch.no_grad()
@@ -122,3 +148,27 @@ def test_the_official_epsilon_makes_outputs_depend_on_the_stabilizer():
     both, x = build_mlstm(torch.float64, eps=1e-6), draw(37, torch.float64)
     official, exact = both.call_peer(x), both.ours(x)[0]
     assert 1e-10 < (official - exact).norm() / exact.norm() < 1e-3
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_slstm_starts_like_the_peer(index):
+    sizes = {"embedding_dim": 32, "num_heads": HEADS, "backend": "vanilla"}
+    peer = blocks.sLSTMLayer(blocks.sLSTMLayerConfig(**sizes, _block_idx=index, _num_blocks=4))
+    ours = SLSTM(32, num_heads=HEADS, layer_index=index, num_layers=4)
+    torch.testing.assert_close(ours.bias, peer.slstm_cell._bias_, rtol=1e-5, atol=1e-5)
+    assert not ours.recurrent.any() and not peer.slstm_cell._recurrent_kernel_.any()
+
+
+@torch.no_grad()
+def test_the_stabilizer_is_free():
+    """A memory and a normalizer divided by another power of e are the same, to us and without the official epsilon."""
+    x, past = draw(20, torch.float64), draw(20, torch.float64, seed=1)
+    for eps in (0.0, 1e-6):
+        both, cache = build_mlstm(torch.float64, eps), []
+        both.call_peer(past, cache)
+        memory, normalizer, stabilizer = cache
+        states = [(memory, normalizer, stabilizer), (memory * math.e**-9, normalizer * math.e**-9, stabilizer + 9)]
+        y, z = (both.call_peer(x, list(state)) for state in states)
+        assert error(y, z) > 1e-6 if eps else error(y, z) < 1e-10
+        y, z = (both.ours(x, MLSTMState(*state[:2], state[2].reshape(2, HEADS)))[0] for state in states)
+        assert error(y, z) < 1e-10
