@@ -15,6 +15,7 @@ import docstring_parser
 import list_layers
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from seqzoo import Mixer, clone_state, detach_state, layers, measure_state, starts_from_cu_seqlens
@@ -26,6 +27,8 @@ from seqzoo.layers import (
     LRU,
     MLSTM,
     RGLRU,
+    RWKV6,
+    RWKV7,
     S4D,
     S5,
     SLSTM,
@@ -44,6 +47,8 @@ from seqzoo.layers import (
     Mamba2,
     MinGRU,
     RetNet,
+    RWKV6ChannelMix,
+    RWKV7ChannelMix,
     SGConv,
     ShortConv,
     SwiGLU,
@@ -101,6 +106,12 @@ VARIANTS = [
     partial(GatedDeltaNet2, num_heads=2, key_dim=5, value_dim=3, conv_size=2, norm_eps=1e-3, gate="sigmoid"),
     partial(GatedDeltaNet2, conv_size=None, negative_eigenvalues=True),
     partial(GatedDeltaNet2, backend="reference"),
+    partial(RWKV6, head_dim=8, mix_rank=3, decay_rank=5, norm_eps=1e-3),
+    partial(RWKV6, layer_index=2, num_layers=4, backend="reference"),
+    partial(RWKV7, head_dim=8, decay_rank=3, rate_rank=4, gate_rank=5, norm_eps=1e-3),
+    partial(RWKV7, layer_index=2, num_layers=4, backend="reference"),
+    partial(RWKV6ChannelMix, hidden=24, layer_index=2, num_layers=4),
+    partial(RWKV7ChannelMix, hidden=24, layer_index=2, num_layers=4),
     partial(ShortConv, conv_size=5),
     partial(ShortConv, conv_size=1),
     partial(ShortConv, backend="reference"),
@@ -143,7 +154,12 @@ def case(request):
 @pytest.fixture
 def mixer(case):
     torch.manual_seed(0)
-    return case(DIM).double()
+    mixer = case(DIM).double()
+    # Where all numbers of a parameter start at zero, they hide what they and others do.
+    for parameter in mixer.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return mixer
 
 
 @pytest.fixture
@@ -677,6 +693,16 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: SLSTM(32, num_heads=0), ["num_heads=0", "dim=32"]),
         (lambda: SLSTM(32, conv_size=0), ["conv_size=0", "at least 1"]),
         (lambda: SLSTM(32, layer_index=1), ["layer_index=1", "num_layers - 1 = 0"]),
+        (lambda: RWKV6(32, head_dim=5), ["head_dim=5", "dim=32"]),
+        (lambda: RWKV6(32, mix_rank=0), ["mix_rank=0", "1 or more"]),
+        (lambda: RWKV6(32, decay_rank=0), ["decay_rank=0", "1 or more"]),
+        (lambda: RWKV6(32, layer_index=2, num_layers=2), ["layer_index=2", "num_layers=2"]),
+        (lambda: RWKV7(32, head_dim=0), ["head_dim=0", "dim=32"]),
+        (lambda: RWKV7(32, rate_rank=0), ["rate_rank=0", "1 or more"]),
+        (lambda: RWKV7(32, gate_rank=-1), ["gate_rank=-1", "1 or more"]),
+        (lambda: RWKV6ChannelMix(32, hidden=0), ["hidden=0", "at least 1"]),
+        (lambda: RWKV7ChannelMix(32, hidden=0), ["hidden=0", "at least 1"]),
+        (lambda: RWKV7ChannelMix(32, layer_index=-1), ["layer_index=-1", "num_layers=1"]),
         (lambda: ShortConv(32, conv_size=0), ["conv_size=0", "at least 1"]),
         (lambda: SwiGLU(32, hidden=0), ["hidden=0", "at least 1"]),
         (

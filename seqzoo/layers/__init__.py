@@ -23,6 +23,8 @@ from seqzoo.layers.min_gru import MinGRU
 from seqzoo.layers.mlstm import MLSTM
 from seqzoo.layers.retnet import RetNet
 from seqzoo.layers.rg_lru import RGLRU
+from seqzoo.layers.rwkv6 import RWKV6, RWKV6ChannelMix
+from seqzoo.layers.rwkv7 import RWKV7, RWKV7ChannelMix
 from seqzoo.layers.s4d import S4D
 from seqzoo.layers.s5 import S5
 from seqzoo.layers.sgconv import SGConv
@@ -34,11 +36,11 @@ FAMILIES = {
     "attention": (Attention,),
     "state space": (LRU, Mamba, Mamba2, S4D, S5),
     "linear recurrence": (MinGRU, RGLRU),
-    "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet),
-    "delta rule": (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention),
+    "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet, RWKV6),
+    "delta rule": (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, RWKV7),
     "nonlinear recurrence": (SLSTM,),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
-    "feed-forward": (SwiGLU,),
+    "feed-forward": (RWKV6ChannelMix, RWKV7ChannelMix, SwiGLU),
 }
 
 LAYERS = tuple(layer for family in FAMILIES.values() for layer in family)
@@ -50,6 +52,8 @@ __all__ = [
     "LRU",
     "MLSTM",
     "RGLRU",
+    "RWKV6",
+    "RWKV7",
     "S4D",
     "S5",
     "SLSTM",
@@ -67,6 +71,8 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "MinGRU",
+    "RWKV6ChannelMix",
+    "RWKV7ChannelMix",
     "RetNet",
     "SGConv",
     "ShortConv",

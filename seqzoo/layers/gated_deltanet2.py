@@ -18,6 +18,7 @@ from seqzoo.kernels.dplr_delta_rule import dplr_delta_rule
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import ChannelDecay
 from seqzoo.parts.delta_rule import DeltaRuleState, QueryKeyValue
+from seqzoo.parts.low_rank import LowRank
 from seqzoo.parts.norm import GroupRMSNorm
 
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
@@ -69,12 +70,12 @@ class GatedDeltaNet2(Mixer):
         )
         keys, rank, values = num_heads * self.qkv.key_dim, self.qkv.value_dim, num_heads * self.qkv.value_dim
         self.strongest, self.backend = 2 if negative_eigenvalues else 1, backend
-        self.step = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, keys, bias=False))
+        self.step = LowRank(dim, rank, keys)
         self.decay = ChannelDecay(num_heads, self.qkv.key_dim)
         self.erase = nn.Linear(dim, keys, bias=False)
         self.write = nn.Linear(dim, values, bias=False)
         self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps)
-        self.gate = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, values))
+        self.gate = LowRank(dim, rank, values, bias=True)
         self.activation = ACTIVATIONS[gate]
         self.out = nn.Linear(values, dim, bias=False)
         self._draw()

@@ -15,6 +15,7 @@ from seqzoo.kernels.gated_delta_rule import gated_delta_rule
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import ChannelDecay
 from seqzoo.parts.delta_rule import DeltaRuleState, QueryKeyValue
+from seqzoo.parts.low_rank import LowRank
 from seqzoo.parts.norm import GroupRMSNorm
 
 
@@ -63,11 +64,11 @@ class KimiDeltaAttention(Mixer):
         )
         keys, rank, values = num_heads * self.qkv.key_dim, self.qkv.value_dim, num_heads * self.qkv.value_dim
         self.strongest, self.backend = 2 if negative_eigenvalues else 1, backend
-        self.step = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, keys, bias=False))
+        self.step = LowRank(dim, rank, keys)
         self.decay = ChannelDecay(num_heads, self.qkv.key_dim, lower_bound=lower_bound)
         self.write = nn.Linear(dim, num_heads, bias=False)
         self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps)
-        self.gate = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, values, bias=False))
+        self.gate = LowRank(dim, rank, values)
         self.out = nn.Linear(values, dim, bias=False)
 
     def forward(

@@ -43,17 +43,30 @@ class Norm(nn.Module):
         return (y if gate is None else y * self.gate(gate.float())).to(x.dtype)
 
 
-def fla_layers(family: str, **operators: Any) -> Any:
-    """A copy of the module ``fla.layers.family``, its kernels replaced by ``operators`` of the same names."""
+class HeadNorm(nn.Module):
+    """In place of ``GroupNorm``: over each group of the last axis, in float32, with a scale and a bias."""
+
+    def __init__(self, num_groups: int, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(hidden_size)), nn.Parameter(torch.zeros(hidden_size))
+        self.groups, self.eps = num_groups, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = F.group_norm(x.float().flatten(0, -2), self.groups, self.weight.float(), self.bias.float(), self.eps)
+        return flat.view(x.shape).to(x.dtype)
+
+
+def fla_layers(family: str, folder: str = "layers", **operators: Any) -> Any:
+    """A copy of the module ``fla.folder.family``, its kernels replaced by ``operators`` of the same names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fla says that there is no GPU
-        spec = importlib.util.find_spec(f"fla.layers.{family}")
+        spec = importlib.util.find_spec(f"fla.{folder}.{family}")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    plain = {"ShortConvolution": Convolution, "RMSNorm": Norm, "FusedRMSNormGated": Norm}
+    plain = {"ShortConvolution": Convolution, "RMSNorm": Norm, "FusedRMSNormGated": Norm, "GroupNorm": HeadNorm}
     for name, replacement in (plain | operators).items():
-        assert name in plain or hasattr(module, name), f"fla.layers.{family} has no {name}"
+        assert name in plain or hasattr(module, name), f"{spec.name} has no {name}"
         setattr(module, name, replacement)
     return module
 

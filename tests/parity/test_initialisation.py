@@ -14,6 +14,8 @@ from seqzoo.layers import (
     LRU,
     MLSTM,
     RGLRU,
+    RWKV6,
+    RWKV7,
     S4D,
     S5,
     SLSTM,
@@ -31,6 +33,8 @@ from seqzoo.layers import (
     Mamba2,
     MinGRU,
     RetNet,
+    RWKV6ChannelMix,
+    RWKV7ChannelMix,
     SGConv,
     ShortConv,
 )
@@ -92,10 +96,10 @@ def test_bounded_decays_start_at_the_rate_one(start):
 def test_projections_of_gated_deltanet2(start):
     """NVIDIA's: uniform as Xavier's, shrunk to 2^-2.5; biases zero."""
     delta = start(GatedDeltaNet2, 512)
-    for linear in (delta.qkv.projection, delta.step[1], delta.erase, delta.write, delta.gate[0], delta.out):
+    for linear in (delta.qkv.projection, delta.step.up, delta.erase, delta.write, delta.gate.down, delta.out):
         bound = 2**-2.5 * (6 / sum(linear.weight.shape)) ** 0.5
         assert_uniform(linear.weight.detach(), -bound, bound)
-    assert not delta.gate[1].bias.any()
+    assert not delta.gate.up.bias.any()
 
 
 def test_steps_are_never_below_the_smallest():
@@ -267,3 +271,73 @@ def test_long_filters_start_as_the_official_ones(start):
     assert middle[-8:].std() < 1e-6 * first[-8:].std() or not middle[-8:].any()  # e^{-256 / 2}
     assert sgconv.scales.shape == (5, 512, 64) and abs(sgconv.scales.std() - 1) < 0.02
     torch.testing.assert_close((sgconv._stretch() / sgconv.norm).norm(dim=1), torch.ones(512))
+
+
+def test_xlstm_starts_with_open_forget_gates(start):
+    mlstm, slstm = start(MLSTM, 64), start(SLSTM, 64, num_heads=2)
+    assert not mlstm.gates.weight.any() and (mlstm.gates.bias[:4] == -10).all()
+    torch.testing.assert_close(mlstm.gates.bias[4:].detach(), torch.tensor([3.0, 4.0, 5.0, 6.0]))
+    assert not slstm.recurrent.any()
+    input_bias, forget_bias, *others = slstm.bias.detach().chunk(4, 1)
+    assert not any(bias.any() for bias in (input_bias, *others))
+    assert (forget_bias[:, 0] == 5).all() and (forget_bias[:, -1] == -7).all()
+    assert (forget_bias.diff() < 0).all()
+    deepest = start(SLSTM, 64, num_heads=2, layer_index=3, num_layers=4).bias.detach().chunk(4, 1)[1]
+    assert (deepest[:, 1:-1] > forget_bias[:, 1:-1]).all()
+    for weight in (mlstm.projection.weight, slstm.gates):
+        assert abs(weight.std() - (2 / (5 * 64)) ** 0.5) < 0.005
+
+
+def assert_orthogonal(weight, gain):
+    narrow = weight.detach() if weight.shape[0] <= weight.shape[1] else weight.detach().T
+    torch.testing.assert_close(narrow @ narrow.T, gain**2 * torch.eye(len(narrow)), rtol=0, atol=1e-5)
+
+
+def test_rwkv6(start):
+    """BlinkDL/RWKV-LM's x060, as the third of four layers: ramps over the channels, and outputs of zero."""
+    place = {"layer_index": 2, "num_layers": 4}
+    time, channel = start(RWKV6, 64, head_dim=8, **place), start(RWKV6ChannelMix, 64, **place)
+    for index, (power, shift) in enumerate([(1, 0), (1, 0), (1, 0), (1, 0.2), (0.5, 0), (0.5, 0)]):
+        expected = torch.tensor([1 - ((i / 64) ** (power * 0.5) + shift) for i in range(64)])
+        torch.testing.assert_close(time.mix[index].detach(), expected)
+    torch.testing.assert_close(channel.mix[1].detach(), torch.tensor([1 - (i / 64) ** 0.125 for i in range(64)]))
+    decay = [-6 + 5 * (i / 63) ** (0.7 + 1.3 * 2 / 3) for i in range(64)]
+    torch.testing.assert_close(time.decay.detach(), torch.tensor(decay))
+    bonus = [2 / 3 * (1 - i / 63) + ((i + 1) % 3 - 1) * 0.1 for i in range(64)]
+    torch.testing.assert_close(time.bonus.detach().flatten(), torch.tensor(bonus))
+    for weight in (time.mix_up, time.decay_map.up.weight):
+        assert_uniform(weight.detach(), -0.01, 0.01)
+    zero = (time.mix_down, time.decay_map.down.weight, time.out.weight, channel.receptance.weight, channel.out.weight)
+    assert not any(weight.any() for weight in zero)
+    assert_orthogonal(time.value.weight, 1)
+    assert_orthogonal(time.gate.weight, 0.1)
+    assert_orthogonal(channel.key.weight, 1)
+    assert channel.key.weight.shape == (224, 64)
+    torch.testing.assert_close(time.norm.weight.detach(), torch.full((64,), 0.75**0.7))
+
+
+def test_rwkv7(start):
+    """BlinkDL/RWKV-LM's x070, as the third of four layers: ramps over all channels and a head's, outputs of zero."""
+    place = {"layer_index": 2, "num_layers": 4}
+    time, channel = start(RWKV7, 64, head_dim=8, **place), start(RWKV7ChannelMix, 64, **place)
+    for index, power in enumerate((0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
+        expected = torch.tensor([1 - (i / 64) ** (power * 0.5) for i in range(64)])
+        torch.testing.assert_close(time.mix[index].detach(), expected)
+    torch.testing.assert_close(channel.mix.detach(), torch.tensor([1 - (i / 64) ** (0.5**4) for i in range(64)]))
+    line = torch.arange(64) / 63 - 0.5
+    zigzag = torch.arange(64) % 8 / 3.5 - 1
+    zigzag = zigzag * zigzag.abs()
+    ramp = -6 + 6 * (torch.arange(64) / 63) ** (1 + (2 / 3) ** 0.3)
+    torch.testing.assert_close(time.decay.detach(), ramp + 0.5 + 2.5 * zigzag)
+    torch.testing.assert_close(time.rate.detach(), -0.19 + 0.3 * zigzag + 0.4 * line)
+    torch.testing.assert_close(time.key_scale.detach(), 0.71 - 0.1 * line)
+    assert (time.key_rate == 1.02).all() and (time.bonus == -0.04).all()
+    for linear, width in {time.receptance: 0.5, time.key: 0.05, time.value: 0.5, channel.key: 0.5}.items():
+        assert_uniform(linear.weight.detach(), -width / 8, width / 8)
+    for name in ("decay_map", "rate_map", "gate_map"):
+        assert not getattr(time, name).down.weight.any()
+        assert_orthogonal(getattr(time, name).up.weight, 0.1)
+    assert not time.out.weight.any() and not channel.out.weight.any()
+    torch.testing.assert_close(time.norm.weight.detach(), torch.full((64,), 0.75**0.7))
+    wide = start(RWKV7, 1024)
+    assert [part.down.out_features for part in (wide.decay_map, wide.rate_map, wide.gate_map)] == [64, 64, 160]

@@ -42,21 +42,21 @@ COMMON = {
 }
 TRANSFORMERS_NAMES = COMMON | {
     "qkv.conv.weight": lambda theirs: theirs["conv1d.weight"].squeeze(1),
-    "step.0.weight": "forget_gate.f_a_proj.weight",
-    "step.1.weight": "forget_gate.f_b_proj.weight",
+    "step.down.weight": "forget_gate.f_a_proj.weight",
+    "step.up.weight": "forget_gate.f_b_proj.weight",
     "decay.A_log": lambda theirs: theirs["forget_gate.A_log"].flatten(),
     "decay.dt_bias": "forget_gate.dt_bias",
-    "gate.0.weight": "g_a_proj.weight",
-    "gate.1.weight": "g_b_proj.weight",
+    "gate.down.weight": "g_a_proj.weight",
+    "gate.up.weight": "g_b_proj.weight",
 }
 FLA_NAMES = COMMON | {
     "qkv.conv.weight": lambda theirs: torch.cat([theirs[f"{name}_conv1d.weight"].squeeze(1) for name in "qkv"]),
-    "step.0.weight": "f_proj.0.weight",
-    "step.1.weight": "f_proj.1.weight",
+    "step.down.weight": "f_proj.0.weight",
+    "step.up.weight": "f_proj.1.weight",
     "decay.A_log": "A_log",
     "decay.dt_bias": "dt_bias",
-    "gate.0.weight": "g_proj.0.weight",
-    "gate.1.weight": "g_proj.1.weight",
+    "gate.down.weight": "g_proj.0.weight",
+    "gate.up.weight": "g_proj.1.weight",
 }
 
 

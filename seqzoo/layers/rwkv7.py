@@ -1,0 +1,219 @@
+"""RWKV-7: an erasable memory that decays, erases and writes channel by channel (Peng et al. 2025, https://arxiv.org/abs/2503.14456).
+
+The time mix and the channel mix take turns, each after a layer norm (``norm: layer``). Parameters start as in the
+official code, projections to the output at zero. Left out: the layer norm after the embedding, and the doubled learning
+rate of decays.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from seqzoo.kernels.dplr_delta_rule import dplr_delta_rule
+from seqzoo.mixer import Mixer
+from seqzoo.parts.low_rank import LowRank
+from seqzoo.parts.norm import GroupLayerNorm
+from seqzoo.parts.token_shift import ShiftState, depth_ratios, ramp, token_shift
+
+FASTEST = math.exp(-0.5)
+MAPS = [f"{name}_map.{part}.weight" for name in ("decay", "rate", "gate") for part in ("down", "up")]
+
+
+class RWKV7State(NamedTuple):
+    """What a sequence leaves behind: the memory (float32 or better), and the last token."""
+
+    memory: Float[Tensor, "batch head key value"]
+    last: Float[Tensor, "batch dim"]
+
+
+class RWKV7(Mixer):
+    """Linear-time memory that erases what it holds at one direction, and writes at another, with rates by channel.
+
+        x_z = x + (x_{t-1} - x) * mu_z   for z of r, w, k, v, a, g
+        w = exp(-e^{-1/2} sigmoid(w_0 + W' tanh(W x_w))),  a = sigmoid(a_0 + W' W x_a),  g = W' sigmoid(W x_g)
+        r, v = W x_r, W x_v,  h = unit(W x_k * kappa),  k = W x_k * (1 + (a - 1) * alpha)
+        S_t = diag(w) S_{t-1} - (a * h) (h^T S_{t-1}) + k v^T,   y = W_out((layernorm(S_t^T r) + (r^T (u * k)) v) * g)
+
+    Args:
+        dim: width of the input and output.
+        head_dim: size of a key and of a value; must divide ``dim``. None for 64, or ``dim`` where that is less.
+        decay_rank: size of what the decays w are made from; None for ``2.5 sqrt(dim)`` in steps of 32.
+        rate_rank: size of what the rates a are made from; None for the same.
+        gate_rank: size of what the gates g are made from; None for ``5 sqrt(dim)`` in steps of 32.
+        norm_eps: added to the variance in the norm of each head's output.
+        layer_index: which layer of its stack this is, from 0 on: by it depends how decays and glances back start.
+        num_layers: layers of the stack.
+        backend: ``auto``, or an implementation that its operator has (see ``seqzoo layers``).
+
+    Raises:
+        ValueError: sizes do not fit together, or ``layer_index`` is not below ``num_layers``.
+    """
+
+    state_formula = "dim·head_dim + dim"
+    operators = ("dplr_delta_rule",)
+    no_weight_decay = frozenset({"mix", "bonus", *MAPS})
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        head_dim: int | None = None,
+        decay_rank: int | None = None,
+        rate_rank: int | None = None,
+        gate_rank: int | None = None,
+        norm_eps: float = 64e-5,
+        layer_index: int = 0,
+        num_layers: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        head_dim = min(64, dim) if head_dim is None else head_dim
+        if head_dim < 1 or dim % head_dim:
+            raise ValueError(f"head_dim={head_dim} does not divide dim={dim}")
+        decay_rank, rate_rank = (_rank(dim, 2.5) if rank is None else rank for rank in (decay_rank, rate_rank))
+        gate_rank = _rank(dim, 5) if gate_rank is None else gate_rank
+        for name, size in {"decay_rank": decay_rank, "rate_rank": rate_rank, "gate_rank": gate_rank}.items():
+            if size < 1:
+                raise ValueError(f"{name}={size}: use 1 or more")
+        self.head_dim, self.backend = head_dim, backend
+        self.ratios, self.norm_scale = depth_ratios(layer_index, num_layers), ((layer_index + 1) / num_layers) ** 0.7
+        self.mix = nn.Parameter(torch.empty(6, dim))
+        self.decay, self.rate = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
+        self.decay_map = LowRank(dim, decay_rank, dim, activation=torch.tanh)
+        self.rate_map = LowRank(dim, rate_rank, dim)
+        self.gate_map = LowRank(dim, gate_rank, dim, activation=torch.sigmoid)
+        self.key_scale, self.key_rate = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
+        self.bonus = nn.Parameter(torch.empty(dim // head_dim, head_dim))
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.key, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.norm = GroupLayerNorm(dim, groups=dim // head_dim, eps=norm_eps, bias=True)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self._draw()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        deep, shallow = self.ratios
+        dim, size = len(self.decay), self.head_dim
+        place = torch.arange(dim, device=self.decay.device)
+        share = place / max(dim - 1, 1)
+        in_head = 2 * (place % size) / max(size - 1, 1) - 1
+        zigzag = in_head * in_head.abs()
+        for row, power in zip(self.mix, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
+            row.copy_(ramp(row, power * shallow))
+        self.decay.copy_(-5.5 + 6 * share ** (1 + deep**0.3) + 2.5 * zigzag)
+        self.rate.copy_(-0.19 + 0.3 * zigzag + 0.4 * (share - 0.5))
+        self.key_scale.copy_(0.71 - 0.1 * (share - 0.5))
+        nn.init.constant_(self.key_rate, 1.02)
+        nn.init.constant_(self.bonus, -0.04)
+        for low_rank in (self.decay_map, self.rate_map, self.gate_map):
+            nn.init.zeros_(low_rank.down.weight)
+            rank = low_rank.up.in_features
+            nn.init.orthogonal_(low_rank.up.weight, gain=0.1 * max(1, rank / dim) ** 0.5)
+        for linear, width in {self.receptance: 0.5, self.key: 0.05, self.value: 0.5}.items():
+            nn.init.uniform_(linear.weight, -width * dim**-0.5, width * dim**-0.5)
+        nn.init.constant_(self.norm.weight, self.norm_scale)
+        nn.init.zeros_(self.out.weight)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._draw()
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: RWKV7State | None = None,
+        starts: Bool[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time dim"], RWKV7State]:
+        back, last = token_shift(x, state and state.last, starts)
+        xr, xw, xk, xv, xa, xg = (x + back * mix for mix in self.mix.to(x.dtype))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        log_decay = -FASTEST * torch.sigmoid(self.decay.to(wide) + self.decay_map(xw).to(wide))
+        rate = torch.sigmoid(self.rate.to(wide) + self.rate_map(xa).to(wide))
+        k = self.key(xk)
+        written = (k * (1 + (rate - 1) * self.key_rate.to(wide))).to(k.dtype)
+        r, v, written, scaled, rate, log_decay = (
+            z.unflatten(-1, (-1, self.head_dim))
+            for z in (self.receptance(xr), self.value(xv), written, k * self.key_scale.to(k.dtype), rate, log_decay)
+        )
+        unit = F.normalize(scaled.to(wide), dim=-1)
+        y, memory = dplr_delta_rule(
+            r,
+            written,
+            v,
+            -unit.to(v.dtype),
+            (unit * rate).to(v.dtype),
+            log_decay,
+            state and state.memory,
+            starts,
+            backend=self.backend,
+        )
+        own = (r * written * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v
+        y = (self.norm(y.flatten(2)) + own.flatten(2)) * self.gate_map(xg)
+        return self.out(y), RWKV7State(memory, last)
+
+    def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
+        dim = len(self.decay)
+        return dim * self.head_dim * torch.promote_types(dtype, torch.float32).itemsize + dim * dtype.itemsize
+
+
+class RWKV7ChannelMix(Mixer):
+    """RWKV-7's MLP: squared rectified features of a token and the one before.
+
+        y = W_out relu(W (x + (x_{t-1} - x) * mu))^2
+
+    Args:
+        dim: width of the input and output.
+        hidden: inner width; None for ``4 dim``.
+        layer_index: which layer of its stack this is, from 0 on: by it depends how the glances back start.
+        num_layers: layers of the stack.
+
+    Raises:
+        ValueError: ``hidden`` is below 1, or ``layer_index`` is not below ``num_layers``.
+    """
+
+    state_formula = "dim"
+
+    def __init__(self, dim: int, *, hidden: int | None = None, layer_index: int = 0, num_layers: int = 1) -> None:
+        super().__init__()
+        hidden = 4 * dim if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"hidden={hidden}: the inner width is at least 1")
+        _, self.shallow = depth_ratios(layer_index, num_layers)
+        self.mix = nn.Parameter(torch.empty(dim))
+        self.key = nn.Linear(dim, hidden, bias=False)
+        self.out = nn.Linear(hidden, dim, bias=False)
+        self._draw()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        self.mix.copy_(ramp(self.mix, self.shallow**4))
+        width = 0.5 * len(self.mix) ** -0.5
+        nn.init.uniform_(self.key.weight, -width, width)
+        nn.init.zeros_(self.out.weight)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._draw()
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: ShiftState | None = None,
+        starts: Bool[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time dim"], ShiftState]:
+        back, last = token_shift(x, state and state.last, starts)
+        return self.out(F.relu(self.key(x + back * self.mix.to(x.dtype))).square()), ShiftState(last)
+
+    def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
+        return len(self.mix) * dtype.itemsize
+
+
+def _rank(dim: int, scale: float) -> int:
+    """The official size of a low-rank map."""
+    return max(32, 32 * round(scale * dim**0.5 / 32))
