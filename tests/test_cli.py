@@ -343,8 +343,8 @@ MISTAKES = {
     # Layers
     "misspelt layer": (lambda: config(DELTA, f"{DELTA[:-3]}Nt"), ["model.net.layers", "did you mean GatedDeltaNet"]),
     "misspelt layer on the command line": (
-        lambda: [*FIT, "--model.net.layers.delta=seqzoo.layers.Mamba3"],
-        ["model.net.layers", "'Mamba3'", "did you mean Mamba2"],
+        lambda: [*FIT, "--model.net.layers.delta=seqzoo.layers.Mamba33"],
+        ["model.net.layers", "'Mamba33'", "did you mean Mamba3"],
     ),
     "layer without its module": (
         lambda: [*FIT, "--model.net.layers.delta=GatedDeltNet"],

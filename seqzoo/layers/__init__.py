@@ -19,6 +19,7 @@ from seqzoo.layers.long_conv import LongConv
 from seqzoo.layers.lru import LRU
 from seqzoo.layers.mamba import Mamba
 from seqzoo.layers.mamba2 import Mamba2
+from seqzoo.layers.mamba3 import Mamba3
 from seqzoo.layers.min_gru import MinGRU
 from seqzoo.layers.mlstm import MLSTM
 from seqzoo.layers.retnet import RetNet
@@ -34,7 +35,7 @@ from seqzoo.layers.swiglu import SwiGLU
 
 FAMILIES = {
     "attention": (Attention,),
-    "state space": (LRU, Mamba, Mamba2, S4D, S5),
+    "state space": (LRU, Mamba, Mamba2, Mamba3, S4D, S5),
     "linear recurrence": (MinGRU, RGLRU),
     "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet, RWKV6),
     "delta rule": (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, RWKV7),
@@ -70,6 +71,7 @@ __all__ = [
     "LongConv",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "MinGRU",
     "RWKV6ChannelMix",
     "RWKV7ChannelMix",

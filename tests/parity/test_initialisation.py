@@ -31,6 +31,7 @@ from seqzoo.layers import (
     LongConv,
     Mamba,
     Mamba2,
+    Mamba3,
     MinGRU,
     RetNet,
     RWKV6ChannelMix,
@@ -133,7 +134,8 @@ def test_convolutions_start_like_pytorchs(start, layer, size, has_bias):
 
 def test_projections_have_no_bias(start):
     deltas = (DeltaNet, DeltaProduct, GatedDeltaNet, KimiDeltaAttention)
-    for layer in (Based, Mamba, Mamba2, *deltas, HGRN2, LightningAttention, MinGRU, RetNet, ShortConv):
+    others = (Based, HGRN2, LightningAttention, MinGRU, RetNet, ShortConv)
+    for layer in (Mamba, Mamba2, Mamba3, *deltas, *others):
         for name, module in start(layer, 64).named_modules():
             assert not isinstance(module, nn.Linear) or module.bias is None, name
 
@@ -181,6 +183,17 @@ def test_lru(start):
     torch.testing.assert_close(layer.gamma_log.exp(), (1 - radius**2).sqrt())
     for tensor, spread in ((layer.write.weight, 512**-0.5), (layer.read.weight, 1024**-0.5), (layer.skip, 1.0)):
         assert abs(tensor.mean()) < 0.2 * spread and abs(tensor.std() / spread - 1) < 0.15
+
+
+def test_mamba3(start):
+    """Steps as Mamba-2's; biases, skips and norms at one; W_in gives z, x, B, C, dt, A, the blend and N/4 angles."""
+    layer = start(Mamba3, 512, head_dim=1, state_size=8, num_groups=2, use_norm=True)
+    assert_uniform(F.softplus(layer.dt_bias.detach()).log(), math.log(1e-3), math.log(1e-1))
+    assert layer.projection.weight.shape == (2 * 1024 + 2 * 2 * 8 + 3 * 1024 + 2, 512)
+    assert layer.write_bias.shape == layer.read_bias.shape == (1024, 8)
+    norms = [layer.write_norm.weight, layer.read_norm.weight, layer.norm.weight]
+    for parameter in (layer.write_bias, layer.read_bias, layer.skip, *norms):
+        assert (parameter == 1).all()
 
 
 def test_s4d(start):

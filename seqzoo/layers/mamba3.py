@@ -1,0 +1,191 @@
+"""Mamba-3: a state space of trapezoids, turned by the input, without a convolution (Lahoti et al. 2026, https://arxiv.org/abs/2603.15569).
+
+A trapezoid adds two products a token, of its own key and value and of the token's before. All products of earlier keys
+go through gated linear attention, one token late; what a token adds for itself is added beside it. So no term is ever
+added to be taken off again, as in the parallel form that looks ahead. Left out: several inputs and outputs a head
+(MIMO), whose ranks read what all ranks of their own token write, which the operator has no form for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from seqzoo.kernels.gated_linear_attention import gated_linear_attention
+from seqzoo.kernels.linear_scan import linear_scan
+from seqzoo.mixer import Mixer
+from seqzoo.parts.decay import draw_step_bias
+from seqzoo.parts.norm import GroupRMSNorm
+from seqzoo.parts.rotary import turn_neighbours
+
+Rate = Literal["heavy_tail", "softplus"]
+SLOWEST = 1e-4
+
+
+class Mamba3State(NamedTuple):
+    """What a sequence leaves behind: the memory, how far it has turned, and the last token's key and value.
+
+    Memory and angles (in [0, 2 pi)) are float32 or better.
+    """
+
+    memory: Float[Tensor, "batch head state channel"]
+    angle: Float[Tensor, "batch head pair"]
+    key: Float[Tensor, "batch head state"]
+    value: Float[Tensor, "batch head channel"]
+
+
+class Mamba3(Mixer):
+    """Linear-time memory that turns as well as decays, so that it can count, with second-order accurate writes.
+
+        [z, x, B, C, dt, a, trap, turn] = W u,  B, C = rmsnorm(B) + b, rmsnorm(C) + c,  dt = softplus(dt + dt_bias)
+        A = -max(f(a), 1e-4),  l = sigmoid(trap),  phi_t = phi_{t-1} + pi tanh(turn) dt
+        k, q = rotate(B, phi), rotate(C, phi),  alpha = e^{A dt}
+        S_t = alpha S_{t-1} + alpha (1 - l) dt k_{t-1} x_{t-1}^T + l dt k_t x_t^T
+        y = W_out((S_t^T q + D x) * silu(z))
+
+    Args:
+        dim: width of the input and output.
+        state_size: rows of each head's memory, the size of B and C.
+        head_dim: channels of a head; must divide ``expand * dim``.
+        expand: inner width as a multiple of ``dim``.
+        num_groups: B and C are shared by the heads of a group, but for their biases; must divide the number of heads.
+        rope_fraction: part of the state that turns, above 0 and at most 1, in whole pairs.
+        rate: f: ``heavy_tail`` for 1 + a above 0 and 1 / (1 - a) below, as in the official code since June 2026;
+            ``softplus`` as in the paper.
+        use_norm: whether each head's output is normalised before the gate.
+        norm_eps: added to the mean square in all norms.
+        backend: ``auto``, or an implementation that all its operators have (see ``seqzoo layers``).
+
+    Raises:
+        ValueError: sizes do not fit together, ``rope_fraction`` leaves no pair, or ``rate`` is not one of the two.
+    """
+
+    state_formula = "heads·(state_size·head_dim + state_size·rope_fraction/2 + state_size + head_dim)"
+    operators = ("gated_linear_attention", "linear_scan")
+    no_weight_decay = frozenset({"write_bias", "read_bias"})
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state_size: int = 128,
+        head_dim: int = 64,
+        expand: int = 2,
+        num_groups: int = 1,
+        rope_fraction: float = 0.5,
+        rate: Rate = "heavy_tail",
+        use_norm: bool = False,
+        norm_eps: float = 1e-5,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        inner = expand * dim
+        if head_dim < 1 or inner < 1 or inner % head_dim:
+            raise ValueError(f"head_dim={head_dim} does not divide the inner width expand * dim = {inner}")
+        num_heads = inner // head_dim
+        if num_groups < 1 or num_heads % num_groups:
+            raise ValueError(f"num_groups={num_groups} does not divide the {num_heads} heads of {head_dim} channels")
+        pairs = int(state_size * rope_fraction) // 2
+        if not 0 < rope_fraction <= 1 or pairs < 1:
+            raise ValueError(
+                f"rope_fraction={rope_fraction}, state_size={state_size}: expected a part of the state, at most all of "
+                "it, in which there is a pair"
+            )
+        if rate not in get_args(Rate):
+            raise ValueError(f"rate={rate!r}: use 'heavy_tail' or 'softplus'")
+        self.num_heads, self.rate, self.backend = num_heads, rate, backend
+        self.widths = [inner, inner, num_groups * state_size, num_groups * state_size, *[num_heads] * 3, pairs]
+        self.projection = nn.Linear(dim, sum(self.widths), bias=False)
+        self.write_norm = GroupRMSNorm(state_size, eps=norm_eps)
+        self.read_norm = GroupRMSNorm(state_size, eps=norm_eps)
+        self.write_bias = nn.Parameter(torch.empty(num_heads, state_size))
+        self.read_bias = nn.Parameter(torch.empty(num_heads, state_size))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.skip = nn.Parameter(torch.empty(num_heads))
+        self.norm = GroupRMSNorm(inner, groups=num_heads, eps=norm_eps) if use_norm else nn.Identity()
+        self.out = nn.Linear(inner, dim, bias=False)
+        self._draw()
+
+    def _draw(self) -> None:
+        draw_step_bias(self.dt_bias)
+        for parameter in (self.write_bias, self.read_bias, self.skip):
+            nn.init.ones_(parameter)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._draw()
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: Mamba3State | None = None,
+        starts: Bool[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time dim"], Mamba3State]:
+        z, u, write, read, step, rate, blend, turn = self.projection(x).split(self.widths, -1)
+        u = rearrange(u, "b t (h p) -> b t h p", h=self.num_heads)
+        wide = torch.promote_types(u.dtype, torch.float32)
+        step = F.softplus(step.to(wide) + self.dt_bias.to(wide))
+        log_decay = -self._rate(rate.to(wide)).clamp(min=SLOWEST) * step
+        blend = blend.to(wide).sigmoid()
+        now, earlier = blend * step, (1 - blend) * step
+
+        turns = turn.to(wide).tanh()[:, :, None] * step[..., None] * torch.pi
+        angle = self._accumulate(turns, state and state.angle, starts)
+        k = self._per_head(write, self.write_norm, self.write_bias)
+        q = self._per_head(read, self.read_norm, self.read_bias)
+        own = now * (k * q).sum(-1)  # both turn by the same angle
+        k, q = turn_neighbours(k, angle), turn_neighbours(q, angle)
+
+        # What the last token writes for itself is in the state already; what it writes for the next is not.
+        k_before = _delay(k.to(u.dtype), state and state.key)
+        u_before = _delay(u, state and state.value)
+        gain = log_decay.exp() * (earlier + _delay(now, None))
+        if starts is not None:
+            gain = gain.masked_fill(starts[..., None], 0)
+        y, memory = gated_linear_attention(
+            q.to(u.dtype),
+            k_before,
+            u_before * gain[..., None].to(u.dtype),
+            log_decay,
+            state and state.memory,
+            starts,
+            backend=self.backend,
+        )
+        memory = memory + (now[:, -1, :, None] * k[:, -1])[..., None] * u[:, -1, :, None].to(wide)
+        y = y + (own + self.skip.to(wide))[..., None].to(u.dtype) * u
+        y = self.norm(rearrange(y, "b t h p -> b t (h p)")) * F.silu(z)
+        last = (part[:, -1].clone() for part in (angle, k.to(u.dtype), u))
+        return self.out(y), Mamba3State(memory, *last)
+
+    def _rate(self, x: Tensor) -> Tensor:
+        return F.softplus(x) if self.rate == "softplus" else x.clamp(min=0) + 1 / (1 - x.clamp(max=0))
+
+    def _per_head(self, x: Tensor, norm: nn.Module, bias: Tensor) -> Tensor:
+        """B or C normalised, for each head with its bias, in float32 or better."""
+        groups = norm(x.unflatten(-1, (-1, bias.shape[1]))).to(torch.promote_types(x.dtype, torch.float32))
+        return groups.repeat_interleave(self.num_heads // groups.shape[2], 2) + bias.to(groups.dtype)
+
+    def _accumulate(self, turns: Tensor, angle: Tensor | None, starts: Tensor | None) -> Tensor:
+        """Sums of ``turns`` since the document's start, in [0, 2 pi), summed in float64 where there is such a thing."""
+        long = turns.to(turns.dtype if turns.device.type == "mps" else torch.float64).flatten(2)
+        before = None if angle is None else angle.flatten(1).to(long.dtype)
+        sums, _ = linear_scan(long.new_ones(long.shape[2]), long, before, starts, backend=self.backend)
+        return (sums % (2 * math.pi)).to(turns.dtype).unflatten(2, turns.shape[2:])
+
+    def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
+        heads, size = self.write_bias.shape
+        channels, pairs = self.out.in_features // heads, self.widths[-1]
+        wide = torch.promote_types(dtype, torch.float32)
+        return heads * ((size * channels + pairs) * wide.itemsize + (size + channels) * dtype.itemsize)
+
+
+def _delay(x: Tensor, first: Tensor | None) -> Tensor:
+    """``x`` one token later, ``first`` in front; None is zero."""
+    front = torch.zeros_like(x[:, :1]) if first is None else first[:, None].to(x.dtype)
+    return torch.cat([front, x[:, :-1]], 1)
