@@ -291,11 +291,11 @@ def test_xlstm_starts_with_open_forget_gates(start):
     assert not mlstm.gates.weight.any() and (mlstm.gates.bias[:4] == -10).all()
     torch.testing.assert_close(mlstm.gates.bias[4:].detach(), torch.tensor([3.0, 4.0, 5.0, 6.0]))
     assert not slstm.recurrent.any()
-    input_bias, forget_bias, *others = slstm.bias.detach().chunk(4, 1)
+    input_bias, forget_bias, *others = slstm.bias.detach().unflatten(0, (4, 2, -1)).unbind(0)
     assert not any(bias.any() for bias in (input_bias, *others))
     assert (forget_bias[:, 0] == 5).all() and (forget_bias[:, -1] == -7).all()
     assert (forget_bias.diff() < 0).all()
-    deepest = start(SLSTM, 64, num_heads=2, layer_index=3, num_layers=4).bias.detach().chunk(4, 1)[1]
+    deepest = start(SLSTM, 64, num_heads=2, layer_index=3, num_layers=4).bias.detach().unflatten(0, (4, 2, -1))[1]
     assert (deepest[:, 1:-1] > forget_bias[:, 1:-1]).all()
     for weight in (mlstm.projection.weight, slstm.gates):
         assert abs(weight.std() - (2 / (5 * 64)) ** 0.5) < 0.005
