@@ -286,21 +286,6 @@ def test_long_filters_start_as_the_official_ones(start):
     torch.testing.assert_close((sgconv._stretch() / sgconv.norm).norm(dim=1), torch.ones(512))
 
 
-def test_xlstm_starts_with_open_forget_gates(start):
-    mlstm, slstm = start(MLSTM, 64), start(SLSTM, 64, num_heads=2)
-    assert not mlstm.gates.weight.any() and (mlstm.gates.bias[:4] == -10).all()
-    torch.testing.assert_close(mlstm.gates.bias[4:].detach(), torch.tensor([3.0, 4.0, 5.0, 6.0]))
-    assert not slstm.recurrent.any()
-    input_bias, forget_bias, *others = slstm.bias.detach().unflatten(0, (4, 2, -1)).unbind(0)
-    assert not any(bias.any() for bias in (input_bias, *others))
-    assert (forget_bias[:, 0] == 5).all() and (forget_bias[:, -1] == -7).all()
-    assert (forget_bias.diff() < 0).all()
-    deepest = start(SLSTM, 64, num_heads=2, layer_index=3, num_layers=4).bias.detach().unflatten(0, (4, 2, -1))[1]
-    assert (deepest[:, 1:-1] > forget_bias[:, 1:-1]).all()
-    for weight in (mlstm.projection.weight, slstm.gates):
-        assert abs(weight.std() - (2 / (5 * 64)) ** 0.5) < 0.005
-
-
 def assert_orthogonal(weight, gain):
     narrow = weight.detach() if weight.shape[0] <= weight.shape[1] else weight.detach().T
     torch.testing.assert_close(narrow @ narrow.T, gain**2 * torch.eye(len(narrow)), rtol=0, atol=1e-5)
