@@ -41,7 +41,7 @@ class Mixer(nn.Module):
     constant_state: bool = True
     state_formula: ClassVar[str] = "0"
     operators: ClassVar[tuple[str, ...]] = ()
-    no_weight_decay: ClassVar[frozenset[str]] = frozenset()
+    no_weight_decay: frozenset[str] = frozenset()
 
     def forward(
         self,
@@ -61,6 +61,23 @@ class Mixer(nn.Module):
             Outputs of the same shape as ``x``, and the state after the last token.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward()")
+
+    def share(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: Any,
+        starts: Bool[Tensor, "batch time"] | None,
+        last: Any,
+    ) -> Any:
+        """What a layer above that reads this one is called with, as ``source``: this one's state, unless it says else.
+
+        Args:
+            x: what ``forward`` was called with.
+            state: the same; where it may be updated in place, it is spent by now.
+            starts: the same.
+            last: the state that ``forward`` returned.
+        """
+        return last
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of one sequence's state after one call over ``length`` tokens of ``dtype`` activations."""

@@ -10,11 +10,13 @@ import random
 import typing
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import docstring_parser
 import list_layers
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -134,6 +136,35 @@ VARIANTS = [
     partial(SwiGLU, hidden=24),
 ]
 DEFAULTS = [partial(layer) for layer in LAYERS]
+
+
+class Reading(Mixer):
+    """A layer above the one that it reads, run as the stack runs them: what a layer with a source must keep."""
+
+    def __init__(self, dim, *, layer, read, **settings):
+        super().__init__()
+        self.read, self.reader = read(dim), layer(dim, **settings)
+
+    def forward(self, x, state=None, starts=None):
+        old, own = (None, None) if state is None else state
+        y, new = self.read(x, old, starts)
+        between = F.rms_norm(x + y, x.shape[-1:])
+        z, own = self.reader(between, own, starts, source=self.read.share(x, old, starts, new))
+        return z, ReadingState(new, own)
+
+    def scale_output(self, factor):
+        self.reader.scale_output(factor)
+
+    def state_bytes(self, length, *, dtype=torch.float32):
+        return sum(mixer.state_bytes(length, dtype=dtype) for mixer in (self.read, self.reader))
+
+
+class ReadingState(NamedTuple):
+    read: tuple
+    reader: tuple
+
+
+VARIANTS.append(partial(Reading, layer=RWKV7, read=RWKV7, value_residual=True, value_rank=3))
 
 
 def title(case):
@@ -707,6 +738,8 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: RWKV6(32, decay_rank=0), ["decay_rank=0", "1 or more"]),
         (lambda: RWKV6(32, layer_index=2, num_layers=2), ["layer_index=2", "num_layers=2"]),
         (lambda: RWKV7(32, head_dim=0), ["head_dim=0", "dim=32"]),
+        (lambda: RWKV7(32, value_rank=0), ["value_rank=0", "1 or more"]),
+        (lambda: RWKV7(32, value_residual=True)(draw(1, 3, dtype=torch.float32)), ["value_residual=True", "reads"]),
         (lambda: RWKV7(32, rate_rank=0), ["rate_rank=0", "1 or more"]),
         (lambda: RWKV7(32, gate_rank=-1), ["gate_rank=-1", "1 or more"]),
         (lambda: RWKV6ChannelMix(32, hidden=0), ["hidden=0", "at least 1"]),

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from seqzoo import LanguageModel, Mixer, generate, load_model, measure_state, save_model, stream
-from seqzoo.layers import Attention, GatedDeltaNet, Mamba2, ShortConv, SwiGLU
+from seqzoo.layers import RWKV7, Attention, GatedDeltaNet, Mamba2, RWKV7ChannelMix, ShortConv, SwiGLU
 from seqzoo.models.checkpoint import CONFIG_KEY, build_model
 from seqzoo.models.generation import sample
 
@@ -108,6 +108,57 @@ def test_changing_the_future_never_changes_the_past(net, tokens):
     assert not torch.allclose(first[:, 17:], second[:, 17:])
 
 
+# As in RWKV-7 the values of a first time mix are mixed into those of the others; there are two such groups.
+READING = {
+    "pattern": ["first", "mix", "time", "time"],
+    "repeats": 2,
+    "reads": {"time": "first"},
+    "layers": {"first": RWKV7, "time": partial(RWKV7, value_residual=True), "mix": RWKV7ChannelMix},
+}
+
+
+@torch.no_grad()
+def move_from_start(net):
+    """Away from projections that start at zero."""
+    for parameter in net.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return net
+
+
+def test_a_layer_is_given_what_the_nearest_one_that_it_reads_shares(tokens):
+    net = move_from_start(build(**READING).double())
+    assert net.sources == [None, None, 0, 0, None, None, 4, 4]
+    x, values = net.embedding(tokens), None
+    for name, norm, mixer in zip(net.names, net.norms, net.sublayers(), strict=True):
+        h = norm(x)
+        y, state = mixer(h, source=values) if name == "time" else mixer(h)
+        values = mixer.share(h, None, None, state) if name == "first" else values
+        x = x + y
+    assert_same(net.hidden(tokens)[0], net.norm(x))
+
+
+@pytest.mark.parametrize("sizes", [[17, 23], [1] * TIME], ids=["two pieces", "token by token"])
+def test_what_is_read_is_the_same_in_any_split(tokens, sizes):
+    net = move_from_start(build(**READING).double())
+    starts = torch.rand(2, TIME, generator=torch.Generator().manual_seed(1)) < 1 / 8
+    expected, _ = net(tokens, None, starts)
+    assert_same(run(net, tokens, sizes, starts)[0], expected)
+    with torch.no_grad():
+        assert_same(run(net, tokens, sizes, starts)[0], expected)
+
+
+def test_by_default_a_layer_shares_its_state_after_the_call(tokens):
+    class Reader(SwiGLU):
+        def forward(self, x, state=None, starts=None, source=None):
+            seen.append(source)
+            return super().forward(x, state, starts)
+
+    seen = []
+    net = build(pattern=["conv", "reader"], layers={"conv": ShortConv, "reader": Reader}, reads={"reader": "conv"})
+    _, state = net(tokens)
+    assert seen[0] is state[0]
+
+
 def test_hidden_and_head_are_forward(net, tokens):
     assert_same(net.head(net.hidden(tokens)[0]), net(tokens)[0])
 
@@ -193,6 +244,9 @@ class Doubler(Mixer):
         ({"layers": HYBRID | {"mlp": lambda dim: nn.Linear(dim, dim)}}, "layer 'mlp' builds a Linear; .* seqzoo.Mixer"),
         ({"layers": HYBRID | {"mlp": partial(SwiGLU, hidden=0)}}, "layer 'mlp': hidden=0"),
         ({"layers": HYBRID | {"global": partial(Attention, num_heads=3)}}, "layer 'global': num_heads=3 .* dim=16"),
+        ({"reads": {"mlp": "ssm"}}, "reads names 'ssm', which the pattern does not; it has delta, mamba, "),
+        ({"reads": {"delta": "mlp"}}, "reads has 'delta' read 'mlp', but none stands below sublayer 0"),
+        ({"reads": {"mlp": "delta"}}, "reads has 'mlp', but a SwiGLU takes no source to read"),
         ({"layers": HYBRID | {"mlp": Doubler}}, "Doubler has no output projection 'self.out'"),
     ],
 )
@@ -218,8 +272,9 @@ def assert_says_no_less(config, given):
         assert config["layers"][name]["init_args"].items() >= layer["init_args"].items()
 
 
-def test_a_config_builds_the_same_model_again():
-    net = build(repeats=2, norm="layer", norm_eps=1e-3, tie_embeddings=True)
+@pytest.mark.parametrize("stack", [{"repeats": 2}, READING], ids=["hybrid", "one that reads"])
+def test_a_config_builds_the_same_model_again(stack):
+    net = build(norm="layer", norm_eps=1e-3, tie_embeddings=True, **stack)
     config = json.loads(json.dumps(net.config()))
     again = build_model(config)
     assert config == net.config()  # building leaves its argument as it was

@@ -1,8 +1,9 @@
 """RWKV-7: an erasable memory that decays, erases and writes channel by channel (Peng et al. 2025, https://arxiv.org/abs/2503.14456).
 
 The time mix and the channel mix take turns, each after a layer norm (``norm: layer``). Parameters start as in the
-official code, projections to the output at zero. Left out: the layer norm after the embedding, and the doubled learning
-rate of decays.
+official code, projections to the output at zero. In the official model all but the first time mix also see the first
+one's values (``value_residual``): name the first one apart and let the others read it, ``reads: {others: first}``. Left
+out: the layer norm after the embedding, and the doubled learning rate of decays.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from seqzoo.parts.norm import GroupLayerNorm
 from seqzoo.parts.token_shift import ShiftState, depth_ratios, ramp, token_shift
 
 FASTEST = math.exp(-0.5)
-MAPS = [f"{name}_map.{part}.weight" for name in ("decay", "rate", "gate") for part in ("down", "up")]
+
+
+def _rank(dim: int, scale: float) -> int:
+    """The official size of a low-rank map."""
+    return max(32, 32 * round(scale * dim**0.5 / 32))
+
+
+def _matrices(*maps: str) -> set[str]:
+    return {f"{name}.{part}.weight" for name in maps for part in ("down", "up")}
 
 
 class RWKV7State(NamedTuple):
@@ -40,12 +49,16 @@ class RWKV7(Mixer):
         r, v = W x_r, W x_v,  h = unit(W x_k * kappa),  k = W x_k * (1 + (a - 1) * alpha)
         S_t = diag(w) S_{t-1} - (a * h) (h^T S_{t-1}) + k v^T,   y = W_out((layernorm(S_t^T r) + (r^T (u * k)) v) * g)
 
+    With ``value_residual``, v moves towards that of the layer that is read by ``sigmoid(v_0 + W' W x_v)``.
+
     Args:
         dim: width of the input and output.
         head_dim: size of a key and of a value; must divide ``dim``. None for 64, or ``dim`` where that is less.
         decay_rank: size of what the decays w are made from; None for ``2.5 sqrt(dim)`` in steps of 32.
         rate_rank: size of what the rates a are made from; None for the same.
         gate_rank: size of what the gates g are made from; None for ``5 sqrt(dim)`` in steps of 32.
+        value_rank: size of what the value residual's gates are made from; None for ``1.7 sqrt(dim)`` in steps of 32.
+        value_residual: whether the values of another RWKV7 below are mixed in, which the stack's ``reads`` must name.
         norm_eps: added to the variance in the norm of each head's output.
         layer_index: which layer of its stack this is, from 0 on: by it depends how decays and glances back start.
         num_layers: layers of the stack.
@@ -57,7 +70,7 @@ class RWKV7(Mixer):
 
     state_formula = "dim·head_dim + dim"
     operators = ("dplr_delta_rule",)
-    no_weight_decay = frozenset({"mix", "bonus", *MAPS})
+    no_weight_decay = frozenset({"mix", "bonus", *_matrices("decay_map", "rate_map", "gate_map")})
 
     def __init__(
         self,
@@ -67,6 +80,8 @@ class RWKV7(Mixer):
         decay_rank: int | None = None,
         rate_rank: int | None = None,
         gate_rank: int | None = None,
+        value_rank: int | None = None,
+        value_residual: bool = False,
         norm_eps: float = 64e-5,
         layer_index: int = 0,
         num_layers: int = 1,
@@ -78,7 +93,9 @@ class RWKV7(Mixer):
             raise ValueError(f"head_dim={head_dim} does not divide dim={dim}")
         decay_rank, rate_rank = (_rank(dim, 2.5) if rank is None else rank for rank in (decay_rank, rate_rank))
         gate_rank = _rank(dim, 5) if gate_rank is None else gate_rank
-        for name, size in {"decay_rank": decay_rank, "rate_rank": rate_rank, "gate_rank": gate_rank}.items():
+        value_rank = _rank(dim, 1.7) if value_rank is None else value_rank
+        ranks = {"decay_rank": decay_rank, "rate_rank": rate_rank, "gate_rank": gate_rank, "value_rank": value_rank}
+        for name, size in ranks.items():
             if size < 1:
                 raise ValueError(f"{name}={size}: use 1 or more")
         self.head_dim, self.backend = head_dim, backend
@@ -88,6 +105,9 @@ class RWKV7(Mixer):
         self.decay_map = LowRank(dim, decay_rank, dim, activation=torch.tanh)
         self.rate_map = LowRank(dim, rate_rank, dim)
         self.gate_map = LowRank(dim, gate_rank, dim, activation=torch.sigmoid)
+        self.value_map = LowRank(dim, value_rank, dim, bias=True) if value_residual else None
+        if value_residual:
+            self.no_weight_decay |= _matrices("value_map")
         self.key_scale, self.key_rate = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
         self.bonus = nn.Parameter(torch.empty(dim // head_dim, head_dim))
         self.receptance = nn.Linear(dim, dim, bias=False)
@@ -111,7 +131,11 @@ class RWKV7(Mixer):
         self.key_scale.copy_(0.71 - 0.1 * (share - 0.5))
         nn.init.constant_(self.key_rate, 1.02)
         nn.init.constant_(self.bonus, -0.04)
-        for low_rank in (self.decay_map, self.rate_map, self.gate_map):
+        maps = [self.decay_map, self.rate_map, self.gate_map]
+        if self.value_map is not None:
+            maps.append(self.value_map)
+            self.value_map.up.bias.copy_(0.73 - 0.4 * (share - 0.5))
+        for low_rank in maps:
             nn.init.zeros_(low_rank.down.weight)
             rank = low_rank.up.in_features
             nn.init.orthogonal_(low_rank.up.weight, gain=0.1 * max(1, rank / dim) ** 0.5)
@@ -129,17 +153,24 @@ class RWKV7(Mixer):
         x: Float[Tensor, "batch time dim"],
         state: RWKV7State | None = None,
         starts: Bool[Tensor, "batch time"] | None = None,
+        source: Float[Tensor, "batch time dim"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], RWKV7State]:
         back, last = token_shift(x, state and state.last, starts)
         xr, xw, xk, xv, xa, xg = (x + back * mix for mix in self.mix.to(x.dtype))
         wide = torch.promote_types(x.dtype, torch.float32)
         log_decay = -FASTEST * torch.sigmoid(self.decay.to(wide) + self.decay_map(xw).to(wide))
         rate = torch.sigmoid(self.rate.to(wide) + self.rate_map(xa).to(wide))
-        k = self.key(xk)
+        k, v = self.key(xk), self.value(xv)
+        if self.value_map is not None:
+            if source is None:
+                raise ValueError("value_residual=True, but there is nothing to read: name it in the stack's reads")
+            v = torch.lerp(v, source.to(v.dtype), torch.sigmoid(self.value_map(xv)))
+        elif source is not None:
+            raise ValueError("value_residual=False reads no other layer; the stack's reads names one")
         written = (k * (1 + (rate - 1) * self.key_rate.to(wide))).to(k.dtype)
         r, v, written, scaled, rate, log_decay = (
             z.unflatten(-1, (-1, self.head_dim))
-            for z in (self.receptance(xr), self.value(xv), written, k * self.key_scale.to(k.dtype), rate, log_decay)
+            for z in (self.receptance(xr), v, written, k * self.key_scale.to(k.dtype), rate, log_decay)
         )
         unit = F.normalize(scaled.to(wide), dim=-1)
         y, memory = dplr_delta_rule(
@@ -156,6 +187,17 @@ class RWKV7(Mixer):
         own = (r * written * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v
         y = (self.norm(y.flatten(2)) + own.flatten(2)) * self.gate_map(xg)
         return self.out(y), RWKV7State(memory, last)
+
+    def share(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: RWKV7State | None,
+        starts: Bool[Tensor, "batch time"] | None,
+        last: RWKV7State,
+    ) -> Float[Tensor, "batch time dim"]:
+        """The values of ``x``, before any are mixed in."""
+        back, _ = token_shift(x, state and state.last, starts)
+        return self.value(x + back * self.mix[3].to(x.dtype))
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         dim = len(self.decay)
@@ -212,8 +254,3 @@ class RWKV7ChannelMix(Mixer):
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         return len(self.mix) * dtype.itemsize
-
-
-def _rank(dim: int, scale: float) -> int:
-    """The official size of a low-rank map."""
-    return max(32, 32 * round(scale * dim**0.5 / 32))

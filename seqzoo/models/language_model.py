@@ -6,6 +6,7 @@ A Transformer is the pattern ``[attention, mlp]``, Mamba-2 is ``[mamba]``, a hyb
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, Literal, cast, final
@@ -38,12 +39,14 @@ class LanguageModel(nn.Module):
         pattern: names of the sublayers of one period, in order.
         layers: what each name builds: a mixer class, or one with some of its settings given.
         repeats: how many times the pattern is repeated.
+        reads: which name reads which: each sublayer of the one is given what the nearest of the other below it shares.
         norm: ``rms`` or ``layer``, before every sublayer and before the head.
         norm_eps: added to the mean square (or variance) in those norms.
         tie_embeddings: the head uses the embedding's weights.
 
     Raises:
-        ValueError: a size is below 1, the pattern is empty or names a missing layer, or a layer refuses its settings.
+        ValueError: a size is below 1, the pattern is empty or names a missing layer, a layer refuses its settings, or
+            one that reads cannot, or has nothing below to read.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class LanguageModel(nn.Module):
         vocab_size: int = 256,
         dim: int = 256,
         repeats: int = 1,
+        reads: dict[str, str] | None = None,
         norm: Literal["rms", "layer"] = "rms",
         norm_eps: float = 1e-5,
         tie_embeddings: bool = False,
@@ -76,6 +80,7 @@ class LanguageModel(nn.Module):
             "dim": dim,
             "pattern": list(pattern),
             "repeats": repeats,
+            "reads": reads and dict(reads),
             "norm": norm,
             "norm_eps": norm_eps,
             "tie_embeddings": tie_embeddings,
@@ -83,9 +88,13 @@ class LanguageModel(nn.Module):
         self._layers = dict(layers)
         self.vocab_size, self.dim = vocab_size, dim
         self.names = [name for _ in range(repeats) for name in pattern]
+        self.sources = _find_sources(self.names, reads or {})
         self.embedding = nn.Embedding(vocab_size, dim)
         self.norms = nn.ModuleList(NORMS[norm](dim, eps=norm_eps) for _ in self.names)
         self.mixers = nn.ModuleList(_build(name, layers[name], dim) for name in self.names)
+        for name, mixer, source in zip(self.names, self.mixers, self.sources, strict=True):
+            if source is not None and "source" not in inspect.signature(mixer.forward).parameters:
+                raise ValueError(f"reads has {name!r}, but a {type(mixer).__name__} takes no source to read")
         self.norm = NORMS[norm](dim, eps=norm_eps)
         self.unembedding = nn.Linear(dim, vocab_size, bias=False)
         if tie_embeddings:
@@ -136,9 +145,12 @@ class LanguageModel(nn.Module):
         if state is not None and len(state) != len(self.mixers):
             raise ValueError(f"state has {len(state)} entries; this model has {len(self.mixers)} sublayers")
         x = self.embedding(tokens)
-        states = []
-        for index, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
-            y, new = mixer(norm(x), None if state is None else state[index], starts)
+        states, shared = [], {}
+        for index, (norm, mixer) in enumerate(zip(self.norms, self.sublayers(), strict=True)):
+            h, old, source = norm(x), None if state is None else state[index], self.sources[index]
+            y, new = mixer(h, old, starts) if source is None else mixer(h, old, starts, source=shared[source])
+            if index in self.sources:
+                shared[index] = mixer.share(h, old, starts, new)
             x = x + y
             states.append(new)
         return self.norm(x), tuple(states)
@@ -173,6 +185,22 @@ def _build(name: str, factory: Callable[[int], Mixer], dim: int) -> Mixer:
     if not isinstance(mixer, Mixer):
         raise ValueError(f"layer {name!r} builds a {type(mixer).__name__}; expected a subclass of seqzoo.Mixer")
     return mixer
+
+
+def _find_sources(names: list[str], reads: dict[str, str]) -> list[int | None]:
+    """For each sublayer of ``names``, the index of the one that it reads."""
+    for name in {**reads, **dict.fromkeys(reads.values())}:
+        if name not in names:
+            raise ValueError(
+                f"reads names {name!r}, which the pattern does not; it has {', '.join(dict.fromkeys(names))}"
+            )
+    nearest, sources = {}, []
+    for index, name in enumerate(names):
+        if name in reads and reads[name] not in nearest:
+            raise ValueError(f"reads has {name!r} read {reads[name]!r}, but none stands below sublayer {index}")
+        sources.append(nearest[reads[name]] if name in reads else None)
+        nearest[name] = index
+    return sources
 
 
 def _describe(name: str, factory: Callable[[int], Mixer]) -> dict[str, Any]:

@@ -317,7 +317,7 @@ def test_rwkv6(start):
 def test_rwkv7(start):
     """BlinkDL/RWKV-LM's x070, as the third of four layers: ramps over all channels and a head's, outputs of zero."""
     place = {"layer_index": 2, "num_layers": 4}
-    time, channel = start(RWKV7, 64, head_dim=8, **place), start(RWKV7ChannelMix, 64, **place)
+    time, channel = start(RWKV7, 64, head_dim=8, value_residual=True, **place), start(RWKV7ChannelMix, 64, **place)
     for index, power in enumerate((0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
         expected = torch.tensor([1 - (i / 64) ** (power * 0.5) for i in range(64)])
         torch.testing.assert_close(time.mix[index].detach(), expected)
@@ -329,10 +329,11 @@ def test_rwkv7(start):
     torch.testing.assert_close(time.decay.detach(), ramp + 0.5 + 2.5 * zigzag)
     torch.testing.assert_close(time.rate.detach(), -0.19 + 0.3 * zigzag + 0.4 * line)
     torch.testing.assert_close(time.key_scale.detach(), 0.71 - 0.1 * line)
+    torch.testing.assert_close(time.value_map.up.bias.detach(), 0.73 - 0.4 * line)
     assert (time.key_rate == 1.02).all() and (time.bonus == -0.04).all()
     for linear, width in {time.receptance: 0.5, time.key: 0.05, time.value: 0.5, channel.key: 0.5}.items():
         assert_uniform(linear.weight.detach(), -width / 8, width / 8)
-    for name in ("decay_map", "rate_map", "gate_map"):
+    for name in ("decay_map", "rate_map", "gate_map", "value_map"):
         assert not getattr(time, name).down.weight.any()
         assert_orthogonal(getattr(time, name).up.weight, 0.1)
     assert not time.out.weight.any() and not channel.out.weight.any()

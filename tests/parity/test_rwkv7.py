@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -82,13 +83,40 @@ NAMES |= {
 }
 
 
-@pytest.fixture
-def time_mix():
-    ranks = {"decay_low_rank_dim": 4, "a_low_rank_dim": 5, "gate_low_rank_dim": 6}
+VALUES = {"value_map.up.bias": "v_lora.lora.2.bias"}
+VALUES |= {f"value_map.{part}.weight": f"v_lora.lora.{index}.weight" for part, index in PARTS.items()}
+
+
+class Above(RWKV7):
+    """A layer that is not the first, over a first whose values are known."""
+
+    def forward(self, x, state=None, starts=None):
+        return super().forward(x, state, starts, source=x.tanh())
+
+
+def make_time_mix(ours, names, run, layer_index):
+    ranks = {"decay_low_rank_dim": 4, "a_low_rank_dim": 5, "gate_low_rank_dim": 6, "v_low_rank_dim": 7}
+    place = {"layer_idx": layer_index, "num_hidden_layers": 2}
     eps = 1e-2 / 8  # the peer multiplies it by the size of a head
-    peer = fla.RWKV7Attention(hidden_size=32, head_dim=8, norm_eps=eps, layer_idx=0, num_hidden_layers=2, **ranks)
-    ours = RWKV7(32, head_dim=8, norm_eps=1e-2, decay_rank=4, rate_rank=5, gate_rank=6)
-    return pair(ours, peer, NAMES, run_fla)
+    peer = fla.RWKV7Attention(hidden_size=32, head_dim=8, norm_eps=eps, **place, **ranks)
+    return pair(ours(32, head_dim=8, norm_eps=1e-2, decay_rank=4, rate_rank=5, gate_rank=6), peer, names, run)
+
+
+@pytest.fixture
+def first_time_mix():
+    return make_time_mix(RWKV7, NAMES, run_fla, 0)
+
+
+def run_above(peer, x, cache):
+    if cache is not None and not len(cache):
+        cache.update(layer_idx=0, offset=0)  # what the first does
+    return peer(x, past_key_values=cache, use_cache=cache is not None, v_first=x.tanh())[0]
+
+
+@pytest.fixture
+def other_time_mix():
+    above = partial(Above, value_residual=True, value_rank=7)
+    return make_time_mix(above, NAMES | VALUES, run_above, 1)
 
 
 def run_channel_mix(peer, x, cache):
@@ -105,13 +133,13 @@ def channel_mix():
     return pair(RWKV7ChannelMix(32, hidden=48), peer, names, run_channel_mix)
 
 
-@pytest.fixture(params=["time mix", "channel mix"])
+@pytest.fixture(params=["first time mix", "other time mix", "channel mix"])
 def both(request):
     return request.getfixturevalue(request.param.replace(" ", "_"))
 
 
 def state_from(cache):
-    kept = cache[0]
+    kept = cache[len(cache) - 1]
     if kept["ffn_state"] is not None:
         return clone_state(ShiftState(kept["ffn_state"]))
     return clone_state(RWKV7State(kept["recurrent_state"], kept["conv_state"]))
