@@ -122,7 +122,8 @@ def mingru_scan(a, b):
 def transformers_rglru(a, b):
     layer = _transformers("recurrent_gemma").RecurrentGemmaRglru
     reset = torch.zeros(*b.shape[:2], 1, dtype=torch.bool)
-    return layer._rnn_scan(None, b, a, reset, None)[0]
+    wide = torch.promote_types(b.dtype, torch.float32)  # its default was bound when the file was imported
+    return layer._rnn_scan(None, b, a, reset, None, acc_dtype=wide)[0]
 
 
 def xlstm_mlstm(q, k, v, input_gate, log_forget):
