@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqzoo.kernels.backends import accumulation_dtype
+from seqzoo.kernels.diagonal_state_space import reference
 from seqzoo.kernels.linear_scan.chunked import LinearScan
 from seqzoo.kernels.long_conv.chunked import long_conv
 
@@ -18,6 +19,8 @@ BLOCK = 64
 
 
 def diagonal_state_space(x, exponent, write, read, state, starts):
+    if not x.numel():
+        return reference.diagonal_state_space(x, exponent, write, read, state, starts)  # nothing to cut into blocks
     dtype = accumulation_dtype(x)
     complex_dtype = torch.promote_types(dtype, torch.complex64)
     time = x.shape[1]
