@@ -24,8 +24,10 @@ from seqzoo.layers.min_gru import MinGRU
 from seqzoo.layers.mlstm import MLSTM
 from seqzoo.layers.retnet import RetNet
 from seqzoo.layers.rg_lru import RGLRU
-from seqzoo.layers.rwkv6 import RWKV6, RWKV6ChannelMix
-from seqzoo.layers.rwkv7 import RWKV7, RWKV7ChannelMix
+from seqzoo.layers.rwkv6 import RWKV6
+from seqzoo.layers.rwkv6_channel_mix import RWKV6ChannelMix
+from seqzoo.layers.rwkv7 import RWKV7
+from seqzoo.layers.rwkv7_channel_mix import RWKV7ChannelMix
 from seqzoo.layers.s4d import S4D
 from seqzoo.layers.s5 import S5
 from seqzoo.layers.sgconv import SGConv

@@ -49,12 +49,19 @@ def widened(dtype: torch.dtype):
 
 
 class Pair(NamedTuple):
-    """Our layer, the peer with the same weights, and how the peer is called: ``run(peer, x, cache) -> y``."""
+    """Our layer, the peer with the same weights, and how the peer is called: ``run(peer, x, cache) -> y``.
+
+    Of a peer that keeps a cache, ``new_cache()`` is an empty one, ``state_from(cache, state)`` our state that says the
+    same (``state`` is ours as it is, for what the cache does not hold), and ``later`` lengths of calls that go on.
+    """
 
     ours: nn.Module
     peer: nn.Module
     names: Names
     run: Callable[[nn.Module, Tensor, Any], Tensor]
+    new_cache: Callable[[], Any] | None = None
+    state_from: Callable[[Any, Any], Any] | None = None
+    later: tuple[int, ...] = (1, 1, 63)
 
     def call_peer(self, x: Tensor, cache: Any = None) -> Tensor:
         with widened(x.dtype):
@@ -65,10 +72,12 @@ class Pair(NamedTuple):
         return self._replace(ours=copy.deepcopy(self.ours).to(dtype), peer=copy.deepcopy(self.peer).to(dtype))
 
 
-def pair(ours: nn.Module, peer: nn.Module, names: Names, run: Callable[[nn.Module, Tensor, Any], Tensor]) -> Pair:
-    """Both in float64 with the same weights, none of them at a value that hides its effect."""
+def pair(
+    ours: nn.Module, peer: nn.Module, names: Names, run: Callable[[nn.Module, Tensor, Any], Tensor], **cache: Any
+) -> Pair:
+    """Both in float64 with the same weights, none at a value that hides its effect; ``cache`` as in ``Pair``."""
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
-    both = Pair(ours.double(), peer.double(), names, run)
+    both = Pair(ours.double(), peer.double(), names, run, **cache)
     redraw(both)
     return both
 
@@ -146,3 +155,35 @@ def assert_rounds_no_worse(pair: Pair, time: int = 100, draws: int = 9) -> None:
     for name in ours:
         typical, allowed = median(ours[name]), median(theirs[name])
         assert typical <= 2 * allowed, f"{name}: error {typical:.2e}, the peer's is {allowed:.2e}"
+
+
+class Agreement:
+    """What a layer with a peer that keeps a cache is tested for: a module's ``class Test...(Agreement)`` takes its pair
+    from the module's fixture ``both``."""
+
+    @PRECISIONS
+    @TIMES
+    def test_values_and_gradients(self, both: Pair, dtype: torch.dtype, time: int) -> None:
+        both, x = both.to(dtype), draw(time, dtype)
+        assert_agree(run_ours(both, x), run_peer(both, x), dtype)
+
+    @PRECISIONS
+    @pytest.mark.parametrize("cut", [1, 37, 99])
+    def test_gradients_through_the_state(self, both: Pair, dtype: torch.dtype, cut: int) -> None:
+        both, x = both.to(dtype), draw(100, dtype)
+        assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
+
+    @PRECISIONS
+    @pytest.mark.parametrize("first", [2, 37])
+    @torch.no_grad()
+    def test_goes_on_from_the_peers_cache(self, both: Pair, dtype: torch.dtype, first: int) -> None:
+        both = both.to(dtype)
+        assert both.new_cache is not None and both.state_from is not None
+        cache, state = both.new_cache(), None
+        for time in (first, *both.later):
+            x = draw(time, dtype, seed=time)
+            theirs = both.call_peer(x, cache)
+            y, state = both.ours(x, state)
+            expected = both.state_from(cache, state)
+            assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
+            state = expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fla_layers import fla_layers, l2, new_cache, run_fla
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, pair, run_ours, run_peer
+from peers import Agreement, assert_rounds_no_worse, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import DeltaProduct
@@ -37,8 +37,14 @@ GATE = {"gate.weight": "g_proj.weight"}
 EPS = 1e-2
 
 
+def state_from(cache, state):
+    """Ours keeps one input less: the peer's oldest has no use."""
+    conv = torch.cat(cache[0]["conv_state"], 1)
+    return clone_state(DeltaRuleState(cache[0]["recurrent_state"], conv[..., 1:].mT))
+
+
 @pytest.fixture(params=[1, 2, 3], ids=lambda steps: f"{steps} steps")
-def delta(request):
+def both(request):
     """One step without decay, gate and reflections; two with all; three with keys shared by two memories."""
     steps = request.param
     heads, key_heads, whole = (4, 2, True) if steps == 3 else (2, 2, steps == 2)
@@ -70,42 +76,14 @@ def delta(request):
         negative_eigenvalues=whole,
         norm_eps=EPS,
     )
-    return pair(ours, peer, NAMES | (DECAY | GATE if whole else {}), run_fla)
+    return pair(
+        ours, peer, NAMES | (DECAY | GATE if whole else {}), run_fla, new_cache=new_cache, state_from=state_from
+    )
 
 
-def state_from(cache):
-    """Ours keeps one input less: the peer's oldest has no use."""
-    conv = torch.cat(cache[0]["conv_state"], 1)
-    return clone_state(DeltaRuleState(cache[0]["recurrent_state"], conv[..., 1:].mT))
+class TestDeltaProduct(Agreement):
+    pass
 
 
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(delta, dtype, time):
-    both, x = delta.to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(delta, dtype, cut):
-    both, x = delta.to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [2, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_cache(delta, dtype, first):
-    both, cache, state = delta.to(dtype), new_cache(), None
-    for time in (first, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        expected = state_from(cache)
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
-
-
-def test_rounds_no_worse_in_bfloat16(delta):
-    assert_rounds_no_worse(delta)
+def test_rounds_no_worse_in_bfloat16(both):
+    assert_rounds_no_worse(both)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fla_layers import fla_layers, l2, new_cache, run_fla
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, pair, run_ours, run_peer
+from peers import Agreement, assert_rounds_no_worse, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import DeltaNet
@@ -34,8 +34,15 @@ CONV = {"qkv.conv.weight": lambda theirs: torch.cat([theirs[f"{name}_conv1d.weig
 EPS = 1e-2
 
 
+def state_from(cache, state):
+    """Ours keeps one input less: the peer's oldest has no use."""
+    kept = cache[0]["conv_state"]
+    conv = state.conv if kept is None else torch.cat([part[..., 1:] for part in kept], 1).mT
+    return clone_state(DeltaRuleState(cache[0]["recurrent_state"], conv))
+
+
 @pytest.fixture(params=["default", "gate and negative eigenvalues", "no convolution"])
-def delta(request):
+def both(request):
     more, conv = request.param.startswith("gate"), request.param != "no convolution"
     sizes = {"num_heads": 4, "norm_eps": EPS, "use_gate": more}
     peer = fla.DeltaNet(
@@ -44,43 +51,12 @@ def delta(request):
     sizes |= {"key_dim": 4, "value_dim": 12, "conv_size": 4 if conv else None}
     ours = DeltaNet(32, negative_eigenvalues=more, **sizes)
     names = NAMES | (CONV if conv else {}) | ({"gate.weight": "g_proj.weight"} if more else {})
-    return pair(ours, peer, names, run_fla)
+    return pair(ours, peer, names, run_fla, new_cache=new_cache, state_from=state_from)
 
 
-def state_from(cache, like):
-    """Ours keeps one input less: the peer's oldest has no use."""
-    kept = cache[0]["conv_state"]
-    conv = like.conv if kept is None else torch.cat([part[..., 1:] for part in kept], 1).mT
-    return clone_state(DeltaRuleState(cache[0]["recurrent_state"], conv))
+class TestDeltaNet(Agreement):
+    pass
 
 
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(delta, dtype, time):
-    both, x = delta.to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(delta, dtype, cut):
-    both, x = delta.to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [2, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_cache(delta, dtype, first):
-    both, cache, state = delta.to(dtype), new_cache(), None
-    for time in (first, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        expected = state_from(cache, state)
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
-
-
-def test_rounds_no_worse_in_bfloat16(delta):
-    assert_rounds_no_worse(delta)
+def test_rounds_no_worse_in_bfloat16(both):
+    assert_rounds_no_worse(both)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from einops import rearrange
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, modeling, pair, run_ours, run_peer
+from peers import Agreement, assert_rounds_no_worse, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import GatedDeltaNet
@@ -65,6 +65,12 @@ def sizes(heads):
     }
 
 
+def state_from(cache, state):
+    """Ours keeps one input less: the peer's oldest has no use."""
+    layer = cache.layers[0]
+    return clone_state(DeltaRuleState(layer.recurrent_states[0], layer.conv_states[0][..., 1:].mT))
+
+
 def build(shared_by):
     heads = KEY_HEADS * (shared_by or 1)
     settings = {"num_heads": heads, "num_key_heads": KEY_HEADS, "key_dim": KEY, "value_dim": VALUE}
@@ -81,50 +87,20 @@ def build(shared_by):
     # The peers start at decays of e^-10 a token, which leave no memory to test.
     torch.nn.init.uniform_(peer.A_log, -3, 0)
     ours = GatedDeltaNet(32, norm_eps=eps, **settings)
-    return pair(ours, peer, names, lambda peer, x, cache: peer(x, cache)), config
+    run, new_cache = lambda peer, x, cache: peer(x, cache), lambda: qwen.DynamicCache(config=config)
+    return pair(ours, peer, names, run, new_cache=new_cache, state_from=state_from)
 
 
 @pytest.fixture(
     params=[1, 3, None], ids=["as many heads", "keys shared by three memories", "negative eigenvalues (OLMo-Hybrid)"]
 )
-def delta(request):
+def both(request):
     return build(request.param)
 
 
-def state_from(cache):
-    """Ours keeps one input less: the peer's oldest has no use."""
-    layer = cache.layers[0]
-    return clone_state(DeltaRuleState(layer.recurrent_states[0], layer.conv_states[0][..., 1:].mT))
+class TestGatedDeltaNet(Agreement):
+    pass
 
 
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(delta, dtype, time):
-    both, x = delta[0].to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(delta, dtype, cut):
-    both, x = delta[0].to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [2, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_cache(delta, dtype, first):
-    both, config = delta[0].to(dtype), delta[1]
-    cache, state = qwen.DynamicCache(config=config), None
-    for time in (first, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        expected = state_from(cache)
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
-
-
-def test_rounds_no_worse_in_bfloat16(delta):
-    assert_rounds_no_worse(delta[0])
+def test_rounds_no_worse_in_bfloat16(both):
+    assert_rounds_no_worse(both)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla_layers import fla_layers, l2, new_cache, run_fla
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, pair, run_ours, run_peer
+from peers import Agreement, assert_rounds_no_worse, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import GatedDeltaNet2
@@ -42,8 +42,14 @@ NAMES = {
 EPS = 1e-2
 
 
+def state_from(cache, state):
+    """Ours keeps one input less: the peer's oldest has no use."""
+    conv = torch.cat(cache[0]["conv_state"], 1)
+    return clone_state(DeltaRuleState(cache[0]["recurrent_state"], conv[..., 1:].mT))
+
+
 @pytest.fixture(params=["silu", "sigmoid"])
-def delta(request):
+def both(request):
     flip = request.param == "sigmoid"
     peer = fla.GatedDeltaNet2(
         32, head_dim=8, expand_v=1.5, num_heads=4, norm_eps=EPS, allow_neg_eigval=flip, layer_idx=0
@@ -55,42 +61,12 @@ def delta(request):
     ours = GatedDeltaNet2(
         32, num_heads=4, key_dim=8, value_dim=12, norm_eps=EPS, negative_eigenvalues=flip, gate=request.param
     )
-    return pair(ours, peer, NAMES, run_fla)
+    return pair(ours, peer, NAMES, run_fla, new_cache=new_cache, state_from=state_from)
 
 
-def state_from(cache):
-    """Ours keeps one input less: the peer's oldest has no use."""
-    conv = torch.cat(cache[0]["conv_state"], 1)
-    return clone_state(DeltaRuleState(cache[0]["recurrent_state"], conv[..., 1:].mT))
+class TestGatedDeltaNet2(Agreement):
+    pass
 
 
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(delta, dtype, time):
-    both, x = delta.to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(delta, dtype, cut):
-    both, x = delta.to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [2, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_cache(delta, dtype, first):
-    both, cache, state = delta.to(dtype), new_cache(), None
-    for time in (first, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        expected = state_from(cache)
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
-
-
-def test_rounds_no_worse_in_bfloat16(delta):
-    assert_rounds_no_worse(delta)
+def test_rounds_no_worse_in_bfloat16(both):
+    assert_rounds_no_worse(both)

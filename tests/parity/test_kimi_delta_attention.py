@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fla_layers import fla_layers, l2, new_cache, run_fla
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, modeling, pair, run_ours, run_peer
+from peers import Agreement, assert_rounds_no_worse, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import KimiDeltaAttention
@@ -60,8 +60,17 @@ FLA_NAMES = COMMON | {
 }
 
 
+def state_from(cache, state):
+    """Ours keeps one input less: the peer's oldest has no use."""
+    if isinstance(cache, kimi.DynamicCache):
+        layer = cache.layers[0]
+        return clone_state(DeltaRuleState(layer.recurrent_states[0], layer.conv_states[0][..., 1:].mT))
+    memory, conv = cache[0]["recurrent_state"].mT, torch.cat(cache[0]["conv_state"], 1)
+    return clone_state(DeltaRuleState(memory, conv[..., 1:].mT))
+
+
 def build(name):
-    """Our layer with the peer's weights, and what makes an empty cache."""
+    """Our layer with the peer's weights."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "linear_num_heads": HEADS, "linear_head_dim": KEY}
     if name == "fla":
         peer = fla.KimiDeltaAttention(
@@ -86,50 +95,17 @@ def build(name):
     torch.nn.init.uniform_(gates.A_log, *rates)
     torch.nn.init.uniform_(gates.dt_bias, *steps)
     ours = KimiDeltaAttention(32, num_heads=HEADS, key_dim=KEY, norm_eps=EPS, **settings)
-    return pair(ours, peer, names, run), cache
+    return pair(ours, peer, names, run, new_cache=cache, state_from=state_from)
 
 
 @pytest.fixture(params=["kimi", "glm", "fla"])
-def delta(request):
+def both(request):
     return build(request.param)
 
 
-def state_from(cache):
-    """Ours keeps one input less: the peer's oldest has no use."""
-    if isinstance(cache, kimi.DynamicCache):
-        layer = cache.layers[0]
-        return clone_state(DeltaRuleState(layer.recurrent_states[0], layer.conv_states[0][..., 1:].mT))
-    memory, conv = cache[0]["recurrent_state"].mT, torch.cat(cache[0]["conv_state"], 1)
-    return clone_state(DeltaRuleState(memory, conv[..., 1:].mT))
+class TestKimiDeltaAttention(Agreement):
+    pass
 
 
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(delta, dtype, time):
-    both, x = delta[0].to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(delta, dtype, cut):
-    both, x = delta[0].to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [2, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_cache(delta, dtype, first):
-    both, cache, state = delta[0].to(dtype), delta[1](), None
-    for time in (first, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        expected = state_from(cache)
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
-
-
-def test_rounds_no_worse_in_bfloat16(delta):
-    assert_rounds_no_worse(delta[0])
+def test_rounds_no_worse_in_bfloat16(both):
+    assert_rounds_no_worse(both)

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peers import (
-    PRECISIONS,
-    TIMES,
-    assert_agree,
-    assert_rounds_no_worse,
-    draw,
-    error,
-    modeling,
-    pair,
-    run_ours,
-    run_peer,
-)
+from peers import Agreement, assert_rounds_no_worse, draw, error, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import Mamba
@@ -38,8 +27,14 @@ NAMES = {
 NORMS = {f"norms.{index}.weight": f"{name}_layernorm.weight" for index, name in enumerate(("dt", "b", "c"))}
 
 
+def state_from(cache, state):
+    """Ours keeps one input less: the peer's oldest has no use."""
+    layer = cache.layers[0]
+    return clone_state(MambaState(layer.recurrent_states[0], layer.conv_states[0][..., 1:].mT))
+
+
 def build(parameter_norm):
-    """Ours, the peer and its config; the peer's norms have an epsilon that tells."""
+    """Ours and the peer; the peer's norms have an epsilon that tells."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1}
     inner = {"state_size": STATE, "time_step_rank": RANK, "conv_kernel": 4, "expand": 2}
     if parameter_norm == "learned":
@@ -55,7 +50,8 @@ def build(parameter_norm):
     torch.nn.init.uniform_(peer.dt_proj.bias, -2, 1)  # Longer steps than at the start of training: memory weighs in.
     ours = Mamba(32, state_size=STATE, step_rank=RANK, parameter_norm=parameter_norm, norm_eps=1e-2)
     names = NAMES | (NORMS if parameter_norm == "learned" else {})
-    return pair(ours, peer, names, lambda peer, x, cache: peer(x, cache)), config
+    run, new_cache = lambda peer, x, cache: peer(x, cache), lambda: mamba.DynamicCache(config=config)
+    return pair(ours, peer, names, run, new_cache=new_cache, state_from=state_from, later=(1, 1, 1))
 
 
 @pytest.fixture(params=["none", "fixed", "learned"])
@@ -63,46 +59,14 @@ def both(request):
     return build(request.param)
 
 
-def state_from(cache):
-    """Ours keeps one input less: the peer's oldest has no use."""
-    layer = cache.layers[0]
-    return clone_state(MambaState(layer.recurrent_states[0], layer.conv_states[0][..., 1:].mT))
-
-
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(both, dtype, time):
-    both, x = both[0].to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(both, dtype, cut):
-    both, x = both[0].to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [2, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_cache(both, dtype, first):
-    both, config = both[0].to(dtype), both[1]
-    cache, state = mamba.DynamicCache(config=config), None
-    for time in (first, 1, 1, 1):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        expected = state_from(cache)
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
+class TestMamba(Agreement):
+    pass
 
 
 @torch.no_grad()
 def test_the_peer_forgets_its_state_before_several_tokens(both):
     """Where a prompt comes in two pieces the peer scans the second from zero; ours is the whole prompt's answer."""
-    both, config = both
-    x, cache = draw(40, torch.float64), mamba.DynamicCache(config=config)
+    x, cache = draw(40, torch.float64), both.new_cache()
     whole = both.call_peer(x)
     theirs = torch.cat([both.call_peer(piece, cache) for piece in x.split([30, 10], 1)], 1)
     first, state = both.ours(x[:, :30])
@@ -115,4 +79,4 @@ def test_the_peer_forgets_its_state_before_several_tokens(both):
 
 
 def test_rounds_no_worse_in_bfloat16(both):
-    assert_rounds_no_worse(both[0])
+    assert_rounds_no_worse(both)

@@ -7,18 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import (
-    PRECISIONS,
-    TIMES,
-    assert_agree,
-    assert_rounds_no_worse,
-    draw,
-    error,
-    modeling,
-    pair,
-    run_ours,
-    run_peer,
-)
+from peers import Agreement, assert_rounds_no_worse, draw, error, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import Mamba2
@@ -37,6 +26,12 @@ NAMES = {
     "out.weight": "out_proj.weight",
 }
 LIMIT = (0.3, 0.9)
+
+
+def state_from(cache, state):
+    """Ours has the state's rows before the head's channels, and keeps one input less: the peer's oldest has no use."""
+    layer = cache.layers[0]
+    return clone_state(Mamba2State(layer.recurrent_states[0].mT, layer.conv_states[0][..., 1:].mT))
 
 
 def build(groups, norm="after_gate", step_limit=(0.0, math.inf)):
@@ -73,7 +68,10 @@ def build(groups, norm="after_gate", step_limit=(0.0, math.inf)):
     eps = peer.norm.variance_epsilon if norm != "none" else 1.0
     ours = Mamba2(32, state_size=8, head_dim=8, num_groups=groups, norm=norm, norm_eps=eps, step_limit=step_limit)
     names = {name: source for name, source in NAMES.items() if norm != "none" or name != "norm.weight"}
-    return pair(ours, peer, names, lambda peer, x, cache: peer(x, cache)), config
+    run, new_cache = lambda peer, x, cache: peer(x, cache), lambda: hf.DynamicCache(config=config)
+    # At a single token the peer forgets its limits.
+    later = (63,) if step_limit == LIMIT else (1, 1, 63)
+    return pair(ours, peer, names, run, new_cache=new_cache, state_from=state_from, later=later)
 
 
 CASES = {
@@ -87,50 +85,18 @@ CASES = {
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
-def mamba2(request):
+def both(request):
     return build(*request.param)
 
 
-def state_from(cache):
-    """Ours has the state's rows before the head's channels, and keeps one input less: the peer's oldest has no use."""
-    layer = cache.layers[0]
-    return clone_state(Mamba2State(layer.recurrent_states[0].mT, layer.conv_states[0][..., 1:].mT))
-
-
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(mamba2, dtype, time):
-    both, x = mamba2[0].to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(mamba2, dtype, cut):
-    both, x = mamba2[0].to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [2, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_cache(mamba2, dtype, first):
-    both, config = mamba2[0].to(dtype), mamba2[1]
-    limited = both.ours.decay.step_limit == LIMIT
-    cache, state = hf.DynamicCache(config=config), None
-    for time in (first, 63) if limited else (first, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        expected = state_from(cache)
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
+class TestMamba2(Agreement):
+    pass
 
 
 @torch.no_grad()
 def test_the_peer_forgets_its_limits_at_a_single_token():
-    both, config = build(2, "after_gate", LIMIT)
-    x, cache = draw(40, torch.float64), hf.DynamicCache(config=config)
+    both = build(2, "after_gate", LIMIT)
+    x, cache = draw(40, torch.float64), both.new_cache()
     whole = both.call_peer(x)
     theirs = torch.cat([both.call_peer(piece, cache) for piece in x.split([39, 1], 1)], 1)
     _, state = both.ours(x[:, :39])
@@ -140,7 +106,7 @@ def test_the_peer_forgets_its_limits_at_a_single_token():
 
 @pytest.mark.parametrize("case", [1, 3, 4], ids=["2 groups", "norm before gate", "no norm"])
 def test_rounds_no_worse_in_bfloat16(case):
-    assert_rounds_no_worse(build(*list(CASES.values())[case])[0])
+    assert_rounds_no_worse(build(*list(CASES.values())[case]))
 
 
 @pytest.mark.parametrize("norm", ["after_gate", "before_gate", "none"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla_layers import fla_layers, new_cache, run_fla
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, pair, run_ours, run_peer
+from peers import Agreement, assert_rounds_no_worse, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import RWKV6, RWKV6ChannelMix
@@ -65,13 +65,21 @@ CHANNEL_NAMES = {
 }
 
 
+def state_from(cache, state):
+    kept = cache[0]
+    if kept["ffn_state"] is not None:
+        return clone_state(ShiftState(kept["ffn_state"]))
+    return clone_state(RWKV6State(kept["recurrent_state"], kept["conv_state"]))
+
+
 @pytest.fixture
 def time_mix():
     ranks = {"proj_low_rank_dim": RANK, "gate_low_rank_dim": 6}
     peer = fla.RWKV6Attention(hidden_size=32, expand_k=1.0, num_heads=4, norm_eps=1e-2, layer_idx=0, **ranks)
     peer.gate_fn = F.silu
     torch.nn.init.uniform_(peer.w_proj.linear.lora[2].bias, -4, 0)
-    return pair(RWKV6(32, head_dim=8, mix_rank=RANK, decay_rank=6, norm_eps=1e-2), peer, NAMES, run_fla)
+    ours = RWKV6(32, head_dim=8, mix_rank=RANK, decay_rank=6, norm_eps=1e-2)
+    return pair(ours, peer, NAMES, run_fla, new_cache=new_cache, state_from=state_from)
 
 
 def run_channel_mix(peer, x, cache):
@@ -84,7 +92,8 @@ def run_channel_mix(peer, x, cache):
 def channel_mix():
     peer = model.RWKV6FeedForward(32, intermediate_size=48, layer_idx=0)
     peer.act_fn = lambda x: F.relu(x).square()
-    return pair(RWKV6ChannelMix(32, hidden=48), peer, CHANNEL_NAMES, run_channel_mix)
+    ours = RWKV6ChannelMix(32, hidden=48)
+    return pair(ours, peer, CHANNEL_NAMES, run_channel_mix, new_cache=new_cache, state_from=state_from)
 
 
 @pytest.fixture(params=["time mix", "channel mix"])
@@ -92,39 +101,8 @@ def both(request):
     return request.getfixturevalue(request.param.replace(" ", "_"))
 
 
-def state_from(cache):
-    kept = cache[0]
-    if kept["ffn_state"] is not None:
-        return clone_state(ShiftState(kept["ffn_state"]))
-    return clone_state(RWKV6State(kept["recurrent_state"], kept["conv_state"]))
-
-
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(both, dtype, time):
-    both, x = both.to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(both, dtype, cut):
-    both, x = both.to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [2, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_cache(both, dtype, first):
-    both, cache, state = both.to(dtype), new_cache(), None
-    for time in (first, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        expected = state_from(cache)
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
+class TestRWKV6(Agreement):
+    pass
 
 
 def test_rounds_no_worse_in_bfloat16(both):

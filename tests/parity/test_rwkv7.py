@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla_layers import fla_layers, new_cache, run_fla
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, pair, run_ours, run_peer
+from peers import Agreement, assert_rounds_no_worse, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import RWKV7, RWKV7ChannelMix
@@ -94,12 +94,20 @@ class Above(RWKV7):
         return super().forward(x, state, starts, source=x.tanh())
 
 
+def state_from(cache, state):
+    kept = cache[len(cache) - 1]
+    if kept["ffn_state"] is not None:
+        return clone_state(ShiftState(kept["ffn_state"]))
+    return clone_state(RWKV7State(kept["recurrent_state"], kept["conv_state"]))
+
+
 def make_time_mix(ours, names, run, layer_index):
     ranks = {"decay_low_rank_dim": 4, "a_low_rank_dim": 5, "gate_low_rank_dim": 6, "v_low_rank_dim": 7}
     place = {"layer_idx": layer_index, "num_hidden_layers": 2}
     eps = 1e-2 / 8  # the peer multiplies it by the size of a head
     peer = fla.RWKV7Attention(hidden_size=32, head_dim=8, norm_eps=eps, **place, **ranks)
-    return pair(ours(32, head_dim=8, norm_eps=1e-2, decay_rank=4, rate_rank=5, gate_rank=6), peer, names, run)
+    layer = ours(32, head_dim=8, norm_eps=1e-2, decay_rank=4, rate_rank=5, gate_rank=6)
+    return pair(layer, peer, names, run, new_cache=new_cache, state_from=state_from)
 
 
 @pytest.fixture
@@ -130,7 +138,8 @@ def channel_mix():
     peer = model.RWKV7FeedForward(32, intermediate_size=48, layer_idx=0, num_hidden_layers=2)
     peer.act_fn = lambda x: F.relu(x).square()
     names = {"mix": "x_k", "key.weight": "key.weight", "out.weight": "value.weight"}
-    return pair(RWKV7ChannelMix(32, hidden=48), peer, names, run_channel_mix)
+    ours = RWKV7ChannelMix(32, hidden=48)
+    return pair(ours, peer, names, run_channel_mix, new_cache=new_cache, state_from=state_from)
 
 
 @pytest.fixture(params=["first time mix", "other time mix", "channel mix"])
@@ -138,39 +147,8 @@ def both(request):
     return request.getfixturevalue(request.param.replace(" ", "_"))
 
 
-def state_from(cache):
-    kept = cache[len(cache) - 1]
-    if kept["ffn_state"] is not None:
-        return clone_state(ShiftState(kept["ffn_state"]))
-    return clone_state(RWKV7State(kept["recurrent_state"], kept["conv_state"]))
-
-
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(both, dtype, time):
-    both, x = both.to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(both, dtype, cut):
-    both, x = both.to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [2, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_cache(both, dtype, first):
-    both, cache, state = both.to(dtype), new_cache(), None
-    for time in (first, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        expected = state_from(cache)
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
+class TestRWKV7(Agreement):
+    pass
 
 
 def test_rounds_no_worse_in_bfloat16(both):
