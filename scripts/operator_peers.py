@@ -105,13 +105,6 @@ def mambapy_selective_scan(x, dt, A, B, C, D, gate, dt_bias):
     return ((h @ C.to(h.dtype)[..., None])[..., 0] + D * x) * F.silu(gate)
 
 
-def transformers_selective_scan(x, dt, A, B, C, D, gate, dt_bias):
-    run = _plain(_transformers("mamba").mamba_selective_scan)
-    x, dt, B, C, gate = (z.transpose(1, 2) for z in (x, dt, B, C, gate))
-    y = run(x, dt, A, B, C, D, z=gate, delta_bias=dt_bias, delta_softplus=True)
-    return (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
-
-
 def mingru_scan(a, b):
     """Passes through logarithms, so that all of ``b`` must be above 0."""
     from minGRU_pytorch.minGRU import heinsen_associative_scan_log

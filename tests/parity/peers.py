@@ -158,8 +158,8 @@ def assert_rounds_no_worse(pair: Pair, time: int = 100, draws: int = 9) -> None:
 
 
 class Agreement:
-    """What a layer with a peer that keeps a cache is tested for: a module's ``class Test...(Agreement)`` takes its pair
-    from the module's fixture ``both``."""
+    """What a layer with a peer is tested for: a module's ``class Test...(Agreement)`` takes its pair from the module's
+    fixture ``both``."""
 
     @PRECISIONS
     @TIMES
@@ -172,6 +172,10 @@ class Agreement:
     def test_gradients_through_the_state(self, both: Pair, dtype: torch.dtype, cut: int) -> None:
         both, x = both.to(dtype), draw(100, dtype)
         assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
+
+
+class CacheAgreement(Agreement):
+    """The same for a peer that keeps a cache."""
 
     @PRECISIONS
     @pytest.mark.parametrize("first", [2, 37])

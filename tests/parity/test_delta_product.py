@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fla_layers import fla_layers, l2, new_cache, run_fla
-from peers import Agreement, assert_rounds_no_worse, pair
+from peers import CacheAgreement, assert_rounds_no_worse, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import DeltaProduct
@@ -81,7 +81,7 @@ def both(request):
     )
 
 
-class TestDeltaProduct(Agreement):
+class TestDeltaProduct(CacheAgreement):
     pass
 
 

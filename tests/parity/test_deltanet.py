@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fla_layers import fla_layers, l2, new_cache, run_fla
-from peers import Agreement, assert_rounds_no_worse, pair
+from peers import CacheAgreement, assert_rounds_no_worse, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import DeltaNet
@@ -54,7 +54,7 @@ def both(request):
     return pair(ours, peer, names, run_fla, new_cache=new_cache, state_from=state_from)
 
 
-class TestDeltaNet(Agreement):
+class TestDeltaNet(CacheAgreement):
     pass
 
 

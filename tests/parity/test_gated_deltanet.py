@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from einops import rearrange
-from peers import Agreement, assert_rounds_no_worse, modeling, pair
+from peers import CacheAgreement, assert_rounds_no_worse, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import GatedDeltaNet
@@ -98,7 +98,7 @@ def both(request):
     return build(request.param)
 
 
-class TestGatedDeltaNet(Agreement):
+class TestGatedDeltaNet(CacheAgreement):
     pass
 
 

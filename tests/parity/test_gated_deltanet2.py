@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla_layers import fla_layers, l2, new_cache, run_fla
-from peers import Agreement, assert_rounds_no_worse, pair
+from peers import CacheAgreement, assert_rounds_no_worse, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import GatedDeltaNet2
@@ -64,7 +64,7 @@ def both(request):
     return pair(ours, peer, NAMES, run_fla, new_cache=new_cache, state_from=state_from)
 
 
-class TestGatedDeltaNet2(Agreement):
+class TestGatedDeltaNet2(CacheAgreement):
     pass
 
 

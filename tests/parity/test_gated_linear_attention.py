@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, pair, run_ours, run_peer
+from peers import CacheAgreement, assert_rounds_no_worse, pair
 from torch import nn
 
 from seqzoo.layers import HGRN2, GatedLinearAttention
@@ -85,39 +85,22 @@ def hgrn2(lower_bound):
 CASES = {"GLA": gla, "HGRN2": lambda: hgrn2(0.0), "HGRN2, lower bound": lambda: hgrn2(0.9)}
 
 
+def run(peer, x, cache):
+    y, last = peer(x, *(cache or [None]))
+    if cache is not None:
+        cache[:] = [last]
+    return y
+
+
 @pytest.fixture(params=CASES.values(), ids=CASES)
-def case(request):
-    ours, peer, names, state = request.param()
-    return pair(ours, peer, names, lambda peer, x, cache: peer(x, cache)[0]), state
+def both(request):
+    ours, peer, names, kind = request.param()
+    return pair(ours, peer, names, run, new_cache=list, state_from=lambda cache, state: kind(cache[0].clone()))
 
 
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(case, dtype, time):
-    both, x = case[0].to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
+class TestGatedLinearAttention(CacheAgreement):
+    pass
 
 
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(case, dtype, cut):
-    both, x = case[0].to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [1, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_state(case, dtype, first):
-    both, kind = case[0].to(dtype)._replace(run=lambda peer, x, cache: peer(x, cache)), case[1]
-    state = past = None
-    for time in (first, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs, past = both.call_peer(x, past)
-        y, state = both.ours(x, state)
-        assert_agree({"y": y, "memory": state.memory}, {"y": theirs, "memory": past}, dtype)
-        state = kind(past.clone())
-
-
-def test_rounds_no_worse_in_bfloat16(case):
-    assert_rounds_no_worse(case[0])
+def test_rounds_no_worse_in_bfloat16(both):
+    assert_rounds_no_worse(both)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fla_layers import fla_layers, l2, new_cache, run_fla
-from peers import Agreement, assert_rounds_no_worse, modeling, pair
+from peers import CacheAgreement, assert_rounds_no_worse, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import KimiDeltaAttention
@@ -103,7 +103,7 @@ def both(request):
     return build(request.param)
 
 
-class TestKimiDeltaAttention(Agreement):
+class TestKimiDeltaAttention(CacheAgreement):
     pass
 
 

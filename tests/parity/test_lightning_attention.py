@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from einops import rearrange
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, modeling, pair, run_ours, run_peer
+from peers import CacheAgreement, assert_rounds_no_worse, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import LightningAttention
@@ -32,7 +32,18 @@ def build(index):
     peer = hf.MiniMaxLightningAttention(config, layer_idx=index)
     torch.set_default_dtype(torch.float32)
     ours = LightningAttention(32, num_heads=HEADS, head_dim=HEAD, layer_index=index, num_layers=LAYERS)
-    return pair(ours, peer, NAMES, lambda peer, x, cache: peer(x, None, None, cache)[0])
+
+    def state_from(cache, state):
+        return clone_state(LightningAttentionState(cache.get_linear_cache(index)))
+
+    return pair(
+        ours,
+        peer,
+        NAMES,
+        lambda peer, x, cache: peer(x, None, None, cache)[0],
+        new_cache=hf.MiniMaxCache,
+        state_from=state_from,
+    )
 
 
 @pytest.fixture(params=[0, 2, 4], ids=["first layer", "middle layer", "last layer"])
@@ -40,32 +51,8 @@ def both(request):
     return build(request.param)
 
 
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(both, dtype, time):
-    both, x = both.to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(both, dtype, cut):
-    both, x = both.to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("first", [1, 37])
-@torch.no_grad()
-def test_goes_on_from_the_peers_cache(both, dtype, first):
-    both, cache, state = both.to(dtype), hf.MiniMaxCache(), None
-    for time in (first, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        expected = clone_state(LightningAttentionState(cache.get_linear_cache(both.peer.layer_idx)))
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
+class TestLightningAttention(CacheAgreement):
+    pass
 
 
 def test_rounds_no_worse_in_bfloat16():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peers import Agreement, assert_rounds_no_worse, draw, error, modeling, pair
+from peers import CacheAgreement, assert_rounds_no_worse, draw, error, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import Mamba
@@ -59,7 +59,7 @@ def both(request):
     return build(request.param)
 
 
-class TestMamba(Agreement):
+class TestMamba(CacheAgreement):
     pass
 
 

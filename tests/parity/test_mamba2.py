@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import Agreement, assert_rounds_no_worse, draw, error, modeling, pair
+from peers import CacheAgreement, assert_rounds_no_worse, draw, error, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import Mamba2
@@ -89,7 +89,7 @@ def both(request):
     return build(*request.param)
 
 
-class TestMamba2(Agreement):
+class TestMamba2(CacheAgreement):
     pass
 
 

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from peers import PRECISIONS, TIMES, assert_agree, assert_rounds_no_worse, draw, modeling, pair, run_ours, run_peer
+from peers import PRECISIONS, Agreement, assert_agree, assert_rounds_no_worse, draw, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import RGLRU
@@ -56,18 +56,8 @@ def both():
     return build()
 
 
-@PRECISIONS
-@TIMES
-def test_values_and_gradients(both, dtype, time):
-    both, x = both.to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-def test_gradients_through_the_state(both, dtype, cut):
-    both, x = both.to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
+class TestRGLRU(Agreement):
+    pass
 
 
 @PRECISIONS

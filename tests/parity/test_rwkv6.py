@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla_layers import fla_layers, new_cache, run_fla
-from peers import Agreement, assert_rounds_no_worse, pair
+from peers import CacheAgreement, assert_rounds_no_worse, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import RWKV6, RWKV6ChannelMix
@@ -101,7 +101,7 @@ def both(request):
     return request.getfixturevalue(request.param.replace(" ", "_"))
 
 
-class TestRWKV6(Agreement):
+class TestRWKV6(CacheAgreement):
     pass
 
 

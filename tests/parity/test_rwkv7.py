@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla_layers import fla_layers, new_cache, run_fla
-from peers import Agreement, assert_rounds_no_worse, pair
+from peers import CacheAgreement, assert_rounds_no_worse, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import RWKV7, RWKV7ChannelMix
@@ -147,7 +147,7 @@ def both(request):
     return request.getfixturevalue(request.param.replace(" ", "_"))
 
 
-class TestRWKV7(Agreement):
+class TestRWKV7(CacheAgreement):
     pass
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from peers import Agreement, assert_rounds_no_worse, modeling, pair
+from peers import CacheAgreement, assert_rounds_no_worse, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import ShortConv
@@ -32,7 +32,7 @@ def both(request):
     return pair(ours, peer, NAMES, run, new_cache=new_cache, state_from=state_from)
 
 
-class TestShortConv(Agreement):
+class TestShortConv(CacheAgreement):
     pass
 
 

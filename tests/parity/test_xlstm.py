@@ -7,18 +7,7 @@ import sys
 
 import pytest
 import torch
-from peers import (
-    PRECISIONS,
-    TIMES,
-    assert_agree,
-    assert_rounds_no_worse,
-    draw,
-    error,
-    modeling,
-    pair,
-    run_ours,
-    run_peer,
-)
+from peers import CacheAgreement, assert_rounds_no_worse, draw, error, modeling, pair
 
 from seqzoo.layers import MLSTM, SLSTM
 from seqzoo.layers.mlstm import MLSTMState
@@ -27,7 +16,7 @@ from seqzoo.layers.slstm import SLSTMState
 large = pytest.importorskip("xlstm.xlstm_large.model")
 blocks = pytest.importorskip("xlstm.blocks.slstm.layer")
 
-HEADS = 2
+HEADS, TAPS = 2, 4
 MLSTM_NAMES = {
     "projection.weight": lambda theirs: torch.cat(
         [theirs[f"{name}.weight"] for name in ("q", "k", "v", "ogate_preact")]
@@ -48,85 +37,66 @@ SLSTM_NAMES = {
 }
 
 
-def build_mlstm(dtype, eps=0.0):
+def build_mlstm(eps=0.0):
     """Without what the official code adds to denominators: outputs would depend on the stabilizer."""
-    # The name of a type, which widening torch.float32 does not reach.
-    name = str(dtype).removeprefix("torch.")
-    backend = large.mLSTMBackendConfig(mode="inference", chunk_size=16, eps=eps, inference_state_dtype=name)
-    config = large.mLSTMLayerConfig(embedding_dim=32, num_heads=HEADS, mlstm_backend=backend, norm_eps=1e-2)
+    config = large.mLSTMLayerConfig(embedding_dim=32, num_heads=HEADS, norm_eps=1e-2)
     peer = large.mLSTMLayer(config)
     # At the start of training nothing would be written; where much is, the normalizer takes all of a first query.
     torch.nn.init.uniform_(peer.igate_preact.bias, -2, 0)
     ours = MLSTM(32, num_heads=HEADS, norm_eps=config.norm_eps)
 
     def run(peer, x, cache):
+        # It binds the type of its states, by name, where it is made; what it fills a chunk up with decays a little.
+        name, chunk = str(x.dtype).removeprefix("torch."), math.gcd(x.shape[1], 16)
+        backend = large.mLSTMBackendConfig(mode="inference", chunk_size=chunk, eps=eps, inference_state_dtype=name)
+        peer.mlstm_backend = large.mLSTMBackend(backend)
         y, last = peer(x, cache or None)
         if cache is not None:
             cache[:] = last
         return y
 
-    return pair(ours, peer, MLSTM_NAMES, run)
+    def state_from(cache, state):
+        memory, normalizer, stabilizer = cache
+        return MLSTMState(memory.clone(), normalizer.clone(), stabilizer.reshape(2, HEADS).clone())
+
+    return pair(ours, peer, MLSTM_NAMES, run, new_cache=list, state_from=state_from)
 
 
-def build_slstm(dtype):
+def build_slstm():
     config = blocks.sLSTMLayerConfig(embedding_dim=32, num_heads=HEADS, backend="vanilla", batch_size=2)
     peer = blocks.sLSTMLayer(config)
     peer.reset_parameters()
     # Its norm's weights are what is added to one.
     peer.group_norm.residual_weight = False
     torch.nn.init.ones_(peer.group_norm.weight)
-    return pair(SLSTM(32, num_heads=HEADS), peer, SLSTM_NAMES, lambda peer, x, cache: peer(x))
+
+    def run(peer, x, cache):
+        if cache is None:
+            return peer(x)
+        y, last = peer(x, *(cache or [None, None]), return_last_state=True)
+        # Its convolution leaves as many inputs as it saw; zeros stand for those before.
+        conv = last["conv_state"]
+        cache[:] = torch.nn.functional.pad(conv, (0, 0, TAPS - 1 - conv.shape[1], 0)), last["slstm_state"]
+        return y
+
+    def state_from(cache, state):
+        conv, states = cache
+        return SLSTMState(*states.clone().unbind(), conv.clone())
+
+    return pair(SLSTM(32, num_heads=HEADS), peer, SLSTM_NAMES, run, new_cache=list, state_from=state_from)
 
 
-BUILD = pytest.mark.parametrize("build", [build_mlstm, build_slstm], ids=["MLSTM", "SLSTM"])
+@pytest.fixture(params=[build_mlstm, build_slstm], ids=["MLSTM", "SLSTM"])
+def both(request):
+    return request.param()
 
 
-@PRECISIONS
-@TIMES
-@BUILD
-def test_values_and_gradients(build, dtype, time):
-    both, x = build(dtype).to(dtype), draw(time, dtype)
-    assert_agree(run_ours(both, x), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@pytest.mark.parametrize("cut", [1, 37, 99])
-@BUILD
-def test_gradients_through_the_state(build, dtype, cut):
-    both, x = build(dtype).to(dtype), draw(100, dtype)
-    assert_agree(run_ours(both, x, cut), run_peer(both, x), dtype)
-
-
-@PRECISIONS
-@torch.no_grad()
-def test_mlstm_goes_on_from_the_peers_cache(dtype):
-    both, cache, state = build_mlstm(dtype).to(dtype), [], None
-    for time in (37, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs = both.call_peer(x, cache)
-        y, state = both.ours(x, state)
-        memory, normalizer, stabilizer = cache
-        expected = MLSTMState(memory.clone(), normalizer.clone(), stabilizer.reshape(2, HEADS).clone())
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
-
-
-@PRECISIONS
-@torch.no_grad()
-def test_slstm_goes_on_from_the_peers_cache(dtype):
-    both, conv, states, state = build_slstm(dtype).to(dtype), None, None, None
-    for time in (37, 1, 1, 63):
-        x = draw(time, dtype, seed=time)
-        theirs, last = both.peer(x, conv, states, return_last_state=True)
-        y, state = both.ours(x, state)
-        conv, states = last["conv_state"], last["slstm_state"]
-        expected = SLSTMState(*states.clone().unbind(), conv.clone())
-        assert_agree({"y": y, **state._asdict()}, {"y": theirs, **expected._asdict()}, dtype)
-        state = expected
+class TestXLSTM(CacheAgreement):
+    pass
 
 
 def test_slstm_rounds_no_worse_in_bfloat16():
-    assert_rounds_no_worse(build_slstm(torch.float64))
+    assert_rounds_no_worse(build_slstm())
 
 
 def test_mlstm_rounds_no_worse_in_bfloat16(monkeypatch):
@@ -145,7 +115,7 @@ def test_mlstm_rounds_no_worse_in_bfloat16(monkeypatch):
 
 @torch.no_grad()
 def test_the_official_epsilon_makes_outputs_depend_on_the_stabilizer():
-    both, x = build_mlstm(torch.float64, eps=1e-6), draw(37, torch.float64)
+    both, x = build_mlstm(eps=1e-6), draw(37, torch.float64)
     official, exact = both.call_peer(x), both.ours(x)[0]
     assert 1e-10 < (official - exact).norm() / exact.norm() < 1e-3
 
@@ -164,7 +134,7 @@ def test_the_stabilizer_is_free():
     """A memory and a normalizer divided by another power of e are the same, to us and without the official epsilon."""
     x, past = draw(20, torch.float64), draw(20, torch.float64, seed=1)
     for eps in (0.0, 1e-6):
-        both, cache = build_mlstm(torch.float64, eps), []
+        both, cache = build_mlstm(eps), []
         both.call_peer(past, cache)
         memory, normalizer, stabilizer = cache
         states = [(memory, normalizer, stabilizer), (memory * math.e**-9, normalizer * math.e**-9, stabilizer + 9)]
