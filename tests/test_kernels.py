@@ -21,6 +21,8 @@ TIMES = (1, 3, 17, 63, 64, 100, 200)
 FEW_TIMES = (1, 70)
 # Made of other operators, whose kernels are tested by themselves.
 COMPOSED = ("gated_delta_product", "mlstm")
+# Kernels that keep a number of chunks of all heads in memory, more than the interpreter could walk through.
+CUT_BY_CELLS = ("gated_delta_rule", "dplr_delta_rule")
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 # The bound on relative errors where twice the reference's is less: three units in the last place of float32. There the
@@ -278,9 +280,13 @@ def test_goes_on_from_its_state(operator, backend, variant, sizes, starts):
 @interpreted_by_default(starts=())
 @others
 @pytest.mark.parametrize("starts", ["no start", "start in the middle"])
-def test_sequences_of_more_than_one_segment(operator, backend, variant, starts):
+def test_sequences_of_more_than_one_segment(operator, backend, variant, starts, monkeypatch):
     """Implementations may cut what is longer than a thousand tokens, to save memory."""
-    whole, pieces = (in_pieces(operator, backend, variant, sizes, starts) for sizes in ([2100], [700] * 3))
+    time = 2100
+    if backend == "triton" and operator in CUT_BY_CELLS:
+        monkeypatch.setattr(f"seqzoo.kernels.{operator}.triton_op.CELLS", 1)  # segments as short as they can be
+        time = 300
+    whole, pieces = (in_pieces(operator, backend, variant, sizes, starts) for sizes in ([time], [time // 3] * 3))
     assert_same(whole, pieces, rtol=1e-9, atol=1e-9)
 
 
@@ -315,9 +321,7 @@ def strongly_decaying(operator, variant, where, amount, seed):
 @gated
 def test_stays_precise_under_strong_decay(operator, backend, variant, where, amount):
     examples = [strongly_decaying(operator, variant, where, amount, seed) for seed in range(3)]
-    for inputs in examples:
-        for name, tensor in differentiate(operator, backend, inputs).items():
-            assert tensor.isfinite().all(), name
+    # What is not finite is not within any bound.
     assert_as_precise_as_plain_pytorch(operator, backend, examples)
 
 

@@ -48,8 +48,26 @@ def last_axis_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@functools.cache
+def fits_large_tiles() -> bool:
+    """Whether the GPU multiplies large tiles without spills.
+
+    NVIDIA's chips from compute capability 9.0 on, but those of 12.0, read operands of matmuls from shared memory; those
+    of AMD have twice as many registers. Others hold operands and sums in the same 255 registers a thread.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    return bool(torch.version.hip) or (9, 0) <= torch.cuda.get_device_capability() < (12, 0)
+
+
 def launch_options(num_warps: int, num_stages: int) -> dict[str, int]:
     """How a kernel is launched, given what is right for NVIDIA's chips."""
     if torch.version.hip:  # a warp has twice the threads, and a chip less shared memory
         return {"num_warps": max(num_warps // 2, 1), "num_stages": 1}
     return {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def segments(time: int, size: int, chunk: int) -> list[tuple[int, int, int]]:
+    """Segments of at most ``size`` tokens: the first token, that after the last, and the chunks of each."""
+    ends = [(begin, min(begin + size, time)) for begin in range(0, time, size)]
+    return [(begin, end, -((begin - end) // chunk)) for begin, end in ends]

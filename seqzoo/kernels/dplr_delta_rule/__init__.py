@@ -13,12 +13,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels.backends import check_kind, check_log_decay, check_numbers, check_shape, dispatch, explained
-from seqzoo.kernels.dplr_delta_rule import chunked, fla_adapter, native, reference
+from seqzoo.kernels.dplr_delta_rule import chunked, fla_adapter, native, reference, triton_op
 
 IMPLEMENTATIONS = {
     "reference": reference.dplr_delta_rule,
     "chunked": chunked.dplr_delta_rule,
     "native": native.dplr_delta_rule,
+    "triton": triton_op.dplr_delta_rule,
     "fla": fla_adapter.dplr_delta_rule,
 }
 explain = explained("dplr_delta_rule", IMPLEMENTATIONS)

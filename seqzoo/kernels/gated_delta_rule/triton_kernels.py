@@ -15,18 +15,17 @@ the walk (``_walk``) then carries S in registers through four products a chunk. 
 ``_walk_back`` carries dS; ``_differentiate`` takes all that is left from dA, dB, S and dS', chunk by chunk in parallel.
 beta stays outside of H so that nothing is divided by it.
 
-Sums of decays never cancel. A decay below e^CUT is none at all: it counts as CUT, and so does a start. With one decay
-a head, the running sum is float64, kept as two numbers of float32: a difference of two is as exact as a sum of float32,
-(1 + 2^-22) of the true one, at most 2^-23 of the decay itself. With a decay a channel, pairs of tokens are sorted by
-the largest aligned block that parts them: a product of e^{sum from its middle} and e^{sum up to the middle}.
-Each sum is a product with a matrix of ones, and no exponent is above 0.
+Sums of decays never cancel (``triton_tiles``). With one decay a head, the running sum is float64, kept as two numbers
+of float32: a difference of two is as exact as a sum of float32, (1 + 2^-22) of the true one, at most 2^-23 of the decay
+itself. With a decay a channel, pairs of tokens are sorted by the largest aligned block that parts them: a product of
+e^{sum from its middle} and e^{sum up to the middle}. No exponent is above 0.
 
 Long sequences run in segments: what is stored of a chunk takes no more memory than one segment has.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,49 +33,24 @@ import triton.language as tl
 from torch import Tensor
 
 from seqzoo.kernels.gated_delta_rule.triton_op import CHUNK, FEW, segment
-from seqzoo.kernels.triton_support import last_axis_contiguous, launch_options
-
-# e^-800 is 0 even in float64.
-CUT = tl.constexpr(-800.0)
-
-
-class Rows(NamedTuple):
-    """A tensor ``[batch time head ...]`` with any strides in front of its last axis, which is contiguous."""
-
-    data: Any
-    batch: int
-    time: int
-    head: int
-
-
-@triton.jit
-def _at(x, batch, token, head):
-    return x.data + batch * x.batch + token * x.time + head * x.head
-
-
-@triton.jit
-def _load(pointer, stride, rows, size, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile, 0 past the last row or column."""
-    i, j = tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
-    return tl.load(pointer + i * stride + j, mask=(i < rows) & (j < size), other=0)
-
-
-@triton.jit
-def _store(pointer, stride, rows, size, column, tile):
-    i, j = tl.arange(0, tile.shape[0])[:, None], column + tl.arange(0, tile.shape[1])[None, :]
-    tl.store(pointer + i * stride + j, tile.to(pointer.dtype.element_ty), mask=(i < rows) & (j < size))
-
-
-@triton.jit
-def _load_square(pointer, SIZE: tl.constexpr):
-    return tl.load(pointer + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
-
-
-@triton.jit
-def _store_square(pointer, tile):
-    size: tl.constexpr = tile.shape[0]
-    at = tl.arange(0, size)[:, None] * size + tl.arange(0, size)[None, :]
-    tl.store(pointer + at, tile.to(pointer.dtype.element_ty))
+from seqzoo.kernels.triton_support import fits_large_tiles, launch_options, segments
+from seqzoo.kernels.triton_tiles import (
+    CUT,
+    Rows,
+    channel_decays,
+    load,
+    load_across,
+    load_marks,
+    load_square,
+    mark,
+    power,
+    row_at,
+    rows,
+    store,
+    store_across,
+    store_square,
+    sums,
+)
 
 
 @triton.jit
@@ -84,10 +58,10 @@ def _bounded(log_decay, starts, batch, token, head, time, CHUNK: tl.constexpr, S
     """Log decays of a chunk's tokens; CUT where they leave nothing of what was before."""
     g = tl.zeros((CHUNK,), SUM)
     if log_decay is not None:
-        g += tl.load(_at(log_decay, batch, token, head), mask=token < time, other=0).to(SUM)
+        g += tl.load(row_at(log_decay, batch, token, head), mask=token < time, other=0).to(SUM)
         g = tl.where(g < CUT, CUT, g)
     if starts is not None:
-        begins = tl.load(_at(starts, batch, token, 0), mask=token < time, other=0) != 0
+        begins = tl.load(row_at(starts, batch, token, 0), mask=token < time, other=0) != 0
         g = tl.where(begins, CUT, g)
     return g
 
@@ -128,49 +102,19 @@ def _score(
     to_end = (_last(high, CHUNK) - high) + (_last(low, CHUNK) - low)
     tl.store(gates, tl.exp(high))
     tl.store(gates + CHUNK, tl.exp(to_end))
-    tl.store(gates + 2 * CHUNK, tl.load(_at(beta, batch, token, head), mask=token < time, other=0).to(SUM))
+    tl.store(gates + 2 * CHUNK, tl.load(row_at(beta, batch, token, head), mask=token < time, other=0).to(SUM))
 
-    q_row, k_row = _at(q, batch, first, head // shared), _at(k, batch, first, head // shared)
+    q_row, k_row = row_at(q, batch, first, head // shared), row_at(k, batch, first, head // shared)
     keys, queries = tl.zeros((CHUNK, CHUNK), SUM), tl.zeros((CHUNK, CHUNK), SUM)
     for column in range(0, KEY, KEY_BLOCK):
-        key = _load(k_row, k.time, time - first, KEY, column, CHUNK, KEY_BLOCK)
-        query = _load(q_row, q.time, time - first, KEY, column, CHUNK, KEY_BLOCK)
+        key = load(k_row, k.time, time - first, KEY, column, CHUNK, KEY_BLOCK)
+        query = load(q_row, q.time, time - first, KEY, column, CHUNK, KEY_BLOCK)
         keys = tl.dot(key, tl.trans(key), keys, input_precision=PRECISION)
         queries = tl.dot(query, tl.trans(key), queries, input_precision=PRECISION)
     between = _between(high, low, CHUNK)
     later = tl.arange(0, CHUNK)[:, None] > tl.arange(0, CHUNK)[None, :]
-    _store_square(scores + program * CHUNK * CHUNK, tl.where(later, keys * between, 0))
-    _store_square(reads + program * CHUNK * CHUNK, queries * between)
-
-
-@triton.jit
-def _channel_decays(log_decay, starts, batch, first, left, head, column, KEY: tl.constexpr, CHUNK: tl.constexpr,
-                    KEY_BLOCK: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
-    """``_bounded`` for a decay a channel."""
-    g = _load(_at(log_decay, batch, first, head), log_decay.time, left, KEY, column, CHUNK, KEY_BLOCK).to(SUM)
-    g = tl.where(g < CUT, CUT, g)
-    if starts is not None:
-        token = tl.arange(0, CHUNK)
-        begins = tl.load(_at(starts, batch, first + token, 0), mask=token < left, other=0) != 0
-        g = tl.where(begins[:, None], CUT, g)
-    return g
-
-
-@triton.jit
-def _sums(chosen, g, NARROW: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums over the rows of ``g`` that each row of ``chosen`` marks, to 16 bits or more beside narrow keys."""
-    if NARROW:
-        high = g.to(tl.bfloat16)
-        low = (g - high.to(SUM)).to(tl.bfloat16)
-        return tl.dot(chosen.to(tl.bfloat16), low, tl.dot(chosen.to(tl.bfloat16), high))
-    else:
-        return tl.dot(chosen.to(SUM), g, input_precision=PRECISION, out_dtype=SUM)
-
-
-@triton.jit
-def _to_middle(i, j, level):
-    """Marks the tokens j between token i and the middle of i's block of 2^(level + 1)."""
-    return (i >> level == j >> level) & ((j <= i) == ((i >> level & 1) == 1))
+    store_square(scores + program * CHUNK * CHUNK, tl.where(later, keys * between, 0))
+    store_square(reads + program * CHUNK * CHUNK, queries * between)
 
 
 @triton.jit
@@ -186,20 +130,20 @@ def _decay_channels(
     left = time - first
     at, at_key = tl.arange(0, CHUNK), column + tl.arange(0, KEY_BLOCK)
     i, j = at[:, None], at[None, :]
-    key = _load(_at(k, batch, first, head // shared), k.time, left, KEY, column, CHUNK, KEY_BLOCK).to(SUM)
-    query = _load(_at(q, batch, first, head // shared), q.time, left, KEY, column, CHUNK, KEY_BLOCK).to(SUM)
-    g = _channel_decays(log_decay, starts, batch, first, left, head, column, KEY, CHUNK, KEY_BLOCK, SUM)
-    since_start = tl.exp(_sums(i >= j, g, NARROW, SUM, PRECISION))
-    _store(_at(q_start, batch, first, head), q_start.time, CHUNK, KEY, column, query * since_start)
-    _store(_at(k_start, batch, first, head), k_start.time, CHUNK, KEY, column, key * since_start)
-    until_end = tl.exp(_sums(i < j, g, NARROW, SUM, PRECISION))
-    _store(_at(k_end, batch, first, head), k_end.time, CHUNK, KEY, column, key * until_end)
+    key = load(row_at(k, batch, first, head // shared), k.time, left, KEY, column, CHUNK, KEY_BLOCK).to(SUM)
+    query = load(row_at(q, batch, first, head // shared), q.time, left, KEY, column, CHUNK, KEY_BLOCK).to(SUM)
+    g = channel_decays(log_decay, starts, batch, first, left, head, column, KEY, CHUNK, KEY_BLOCK, SUM)
+    since_start = tl.exp(sums(i >= j, g, NARROW, SUM, PRECISION))
+    store(row_at(q_start, batch, first, head), q_start.time, CHUNK, KEY, column, query * since_start)
+    store(row_at(k_start, batch, first, head), k_start.time, CHUNK, KEY, column, key * since_start)
+    until_end = tl.exp(sums(i < j, g, NARROW, SUM, PRECISION))
+    store(row_at(k_end, batch, first, head), k_end.time, CHUNK, KEY, column, key * until_end)
     tl.store(keeps + program * KEY + at_key, tl.exp(tl.sum(g, 0)), mask=at_key < KEY)
 
 
 @triton.jit
 def _score_channels(
-    q, k, log_decay, beta, starts, scores, reads, gates, time, heads, chunks, shared,
+    q, k, log_decay, beta, starts, marks, scores, reads, gates, time, heads, chunks, shared,
     KEY: tl.constexpr, CHUNK: tl.constexpr, KEY_BLOCK: tl.constexpr, LEVELS: tl.constexpr, NARROW: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -208,28 +152,29 @@ def _score_channels(
     batch, head, first = program // chunks // heads, program // chunks % heads, program % chunks * CHUNK
     left = time - first
     at = tl.arange(0, CHUNK)
-    gate = tl.load(_at(beta, batch, first + at, head), mask=at < left, other=0).to(SUM)
+    gate = tl.load(row_at(beta, batch, first + at, head), mask=at < left, other=0).to(SUM)
     tl.store(gates + program * 3 * CHUNK + 2 * CHUNK + at, gate)
-    q_row, k_row = _at(q, batch, first, head // shared), _at(k, batch, first, head // shared)
+    q_row, k_row = row_at(q, batch, first, head // shared), row_at(k, batch, first, head // shared)
     i, j = at[:, None], at[None, :]
     all_scores, all_reads = tl.zeros((CHUNK, CHUNK), SUM), tl.zeros((CHUNK, CHUNK), SUM)
     own = tl.zeros((CHUNK,), SUM)
     for column in range(0, KEY, KEY_BLOCK):
-        key = _load(k_row, k.time, left, KEY, column, CHUNK, KEY_BLOCK)
-        query = _load(q_row, q.time, left, KEY, column, CHUNK, KEY_BLOCK)
-        g = _channel_decays(log_decay, starts, batch, first, left, head, column, KEY, CHUNK, KEY_BLOCK, SUM)
+        key = load(k_row, k.time, left, KEY, column, CHUNK, KEY_BLOCK)
+        query = load(q_row, q.time, left, KEY, column, CHUNK, KEY_BLOCK)
+        g = channel_decays(log_decay, starts, batch, first, left, head, column, KEY, CHUNK, KEY_BLOCK, SUM)
         own += tl.sum(query.to(SUM) * key.to(SUM), 1)
         for level in range(LEVELS):
-            decay = tl.exp(_sums(_to_middle(i, j, level), g, NARROW, SUM, PRECISION))
+            to_middle, across = load_marks(marks, level, CHUNK)
+            decay = tl.exp(sums(to_middle, g, NARROW, SUM, PRECISION))
             near_key = (key.to(SUM) * decay).to(key.dtype)
             near_query = (query.to(SUM) * decay).to(key.dtype)
-            pair = (i >> level + 1 == j >> level + 1) & (i >> level > j >> level)
             keys = tl.dot(near_key, tl.trans(near_key), input_precision=PRECISION, out_dtype=SUM)
-            all_scores += tl.where(pair, keys, 0)
+            all_scores += tl.where(across != 0, keys, 0)
             queries = tl.dot(near_query, tl.trans(near_key), input_precision=PRECISION, out_dtype=SUM)
-            all_reads += tl.where(pair, queries, 0)
-    _store_square(scores + program * CHUNK * CHUNK, all_scores)
-    _store_square(reads + program * CHUNK * CHUNK, tl.where(i == j, own[:, None], all_reads))
+            all_reads += tl.where(across != 0, queries, 0)
+    store_square(scores + program * CHUNK * CHUNK, tl.where(i > j, all_scores, 0))
+    all_reads = tl.where(i == j, own[:, None], all_reads)
+    store_square(reads + program * CHUNK * CHUNK, tl.where(i >= j, all_reads, 0))
 
 
 @triton.jit
@@ -297,19 +242,6 @@ def _invert(scores, gates, inverse, CHUNK: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
-def _load_across(pointer, stride, rows, size, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The transpose of a tile: its columns as rows."""
-    i, j = tl.arange(0, ROWS)[None, :], column + tl.arange(0, COLUMNS)[:, None]
-    return tl.load(pointer + i * stride + j, mask=(i < rows) & (j < size), other=0)
-
-
-@triton.jit
-def _store_across(pointer, stride, rows, size, column, tile):
-    i, j = tl.arange(0, tile.shape[1])[None, :], column + tl.arange(0, tile.shape[0])[:, None]
-    tl.store(pointer + i * stride + j, tile.to(pointer.dtype.element_ty), mask=(i < rows) & (j < size))
-
-
-@triton.jit
 def _walk(
     q, k, k_end, v, inverse, reads, gates, keeps, state, o, residual, entering, last, time, heads, chunks, shared,
     KEY: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
@@ -328,15 +260,15 @@ def _walk(
 
     memory = tl.zeros((VALUE_BLOCK, KEY_BLOCK), SUM)
     if state is not None:
-        memory += _load_across(state + row * KEY * VALUE, VALUE, KEY, VALUE, column, KEY_BLOCK, VALUE_BLOCK)
+        memory += load_across(state + row * KEY * VALUE, VALUE, KEY, VALUE, column, KEY_BLOCK, VALUE_BLOCK)
     for chunk in range(chunks):
         first = chunk * CHUNK
         cell = row * chunks + chunk
         left = time - first
-        key = _load(_at(k, batch, first, head // shared), k.time, left, KEY, 0, CHUNK, KEY_BLOCK)
-        value = _load_across(_at(v, batch, first, head), v.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
+        key = load(row_at(k, batch, first, head // shared), k.time, left, KEY, 0, CHUNK, KEY_BLOCK)
+        value = load_across(row_at(v, batch, first, head), v.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
         beta = tl.load(gates + (cell * 3 + 2) * CHUNK + token)[None, :]
-        solve = _load_square(inverse + cell * CHUNK * CHUNK, CHUNK)
+        solve = load_square(inverse + cell * CHUNK * CHUNK, CHUNK)
         narrow = memory.to(key.dtype)
         missing = tl.dot(narrow, tl.trans(key), input_precision=PRECISION, out_dtype=SUM)
         if keeps is None:
@@ -346,26 +278,26 @@ def _walk(
         missing = tl.dot((-beta * missing).to(key.dtype), tl.trans(solve), missing, input_precision=PRECISION)
         new = beta * missing
         if residual is not None:
-            _store_across(residual + cell * CHUNK * VALUE, VALUE, CHUNK, VALUE, column, missing)
-            _store(entering + cell * KEY * VALUE + column * KEY, KEY, VALUE - column, KEY, 0, narrow)
+            store_across(residual + cell * CHUNK * VALUE, VALUE, CHUNK, VALUE, column, missing)
+            store(entering + cell * KEY * VALUE + column * KEY, KEY, VALUE - column, KEY, 0, narrow)
         if o is not None:
-            query = _load(_at(q, batch, first, head // shared), q.time, left, KEY, 0, CHUNK, KEY_BLOCK)
-            read = _load_square(reads + cell * CHUNK * CHUNK, CHUNK)
+            query = load(row_at(q, batch, first, head // shared), q.time, left, KEY, 0, CHUNK, KEY_BLOCK)
+            read = load_square(reads + cell * CHUNK * CHUNK, CHUNK)
             output = tl.dot(narrow, tl.trans(query), input_precision=PRECISION, out_dtype=SUM)
             if keeps is None:
                 output *= from_start
             output = tl.dot(new.to(key.dtype), tl.trans(read), output, input_precision=PRECISION)
-            _store_across(_at(o, batch, first, head), o.time, left, VALUE, column, output)
+            store_across(row_at(o, batch, first, head), o.time, left, VALUE, column, output)
         if keeps is None:
             memory *= tl.load(gates + cell * 3 * CHUNK + CHUNK - 1)
             new *= tl.load(gates + (cell * 3 + 1) * CHUNK + token)[None, :]
             writer = key
         else:
             memory *= tl.load(keeps + cell * KEY + at_key, mask=at_key < KEY, other=0)[None, :]
-            writer = _load(_at(k_end, batch, first, head), k_end.time, left, KEY, 0, CHUNK, KEY_BLOCK)
+            writer = load(row_at(k_end, batch, first, head), k_end.time, left, KEY, 0, CHUNK, KEY_BLOCK)
         memory = tl.dot(new.to(key.dtype), writer, memory, input_precision=PRECISION)
     if last is not None:
-        _store_across(last + row * KEY * VALUE, VALUE, KEY, VALUE, column, memory)
+        store_across(last + row * KEY * VALUE, VALUE, KEY, VALUE, column, memory)
 
 
 @triton.jit
@@ -385,41 +317,41 @@ def _walk_back(
 
     dmemory = tl.zeros((VALUE_BLOCK, KEY_BLOCK), SUM)
     if dlast is not None:
-        dmemory += _load_across(dlast + row * KEY * VALUE, VALUE, KEY, VALUE, column, KEY_BLOCK, VALUE_BLOCK)
+        dmemory += load_across(dlast + row * KEY * VALUE, VALUE, KEY, VALUE, column, KEY_BLOCK, VALUE_BLOCK)
     for back in range(chunks):
         chunk = chunks - 1 - back
         first = chunk * CHUNK
         cell = row * chunks + chunk
         left = time - first
-        key = _load(_at(k, batch, first, head // shared), k.time, left, KEY, 0, CHUNK, KEY_BLOCK)
-        query = _load(_at(q, batch, first, head // shared), q.time, left, KEY, 0, CHUNK, KEY_BLOCK)
-        doutput = _load_across(_at(do, batch, first, head), do.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
-        missing = _load_across(residual + cell * CHUNK * VALUE, VALUE, CHUNK, VALUE, column, CHUNK, VALUE_BLOCK)
-        read = _load_square(reads + cell * CHUNK * CHUNK, CHUNK)
-        solve = _load_square(inverse + cell * CHUNK * CHUNK, CHUNK)
+        key = load(row_at(k, batch, first, head // shared), k.time, left, KEY, 0, CHUNK, KEY_BLOCK)
+        query = load(row_at(q, batch, first, head // shared), q.time, left, KEY, 0, CHUNK, KEY_BLOCK)
+        doutput = load_across(row_at(do, batch, first, head), do.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
+        missing = load_across(residual + cell * CHUNK * VALUE, VALUE, CHUNK, VALUE, column, CHUNK, VALUE_BLOCK)
+        read = load_square(reads + cell * CHUNK * CHUNK, CHUNK)
+        solve = load_square(inverse + cell * CHUNK * CHUNK, CHUNK)
         beta = tl.load(gates + (cell * 3 + 2) * CHUNK + token)[None, :]
         narrow = dmemory.to(key.dtype)
-        _store(leaving + cell * KEY * VALUE + column * KEY, KEY, VALUE - column, KEY, 0, narrow)
+        store(leaving + cell * KEY * VALUE + column * KEY, KEY, VALUE - column, KEY, 0, narrow)
         if keeps is None:
             dnew = tl.dot(narrow, tl.trans(key), input_precision=PRECISION, out_dtype=SUM)
             dnew *= tl.load(gates + (cell * 3 + 1) * CHUNK + token)[None, :]
             dmemory *= tl.load(gates + cell * 3 * CHUNK + CHUNK - 1)
         else:
-            writer = _load(_at(k_end, batch, first, head), k_end.time, left, KEY, 0, CHUNK, KEY_BLOCK)
+            writer = load(row_at(k_end, batch, first, head), k_end.time, left, KEY, 0, CHUNK, KEY_BLOCK)
             dnew = tl.dot(narrow, tl.trans(writer), input_precision=PRECISION, out_dtype=SUM)
             dmemory *= tl.load(keeps + cell * KEY + at_key, mask=at_key < KEY, other=0)[None, :]
         dnew = tl.dot(doutput, read, dnew, input_precision=PRECISION)
         dnew = tl.dot((-beta * dnew).to(key.dtype), solve, dnew, input_precision=PRECISION)
         tl.store(dbeta + first, tl.sum(dnew * missing.to(SUM), 0))
         dvalue = beta * dnew
-        _store_across(_at(dv, batch, first, head), dv.time, left, VALUE, column, dvalue)
+        store_across(row_at(dv, batch, first, head), dv.time, left, VALUE, column, dvalue)
         if keeps is None:
             from_start = tl.load(gates + cell * 3 * CHUNK + token)[None, :]
             dvalue *= from_start
             doutput = (doutput.to(SUM) * from_start).to(key.dtype)
         dmemory = tl.dot(doutput, query, dmemory, input_precision=PRECISION)
         dmemory = tl.dot((-dvalue).to(key.dtype), key, dmemory, input_precision=PRECISION)
-    _store_across(dstate + row * KEY * VALUE, VALUE, KEY, VALUE, column, dmemory)
+    store_across(dstate + row * KEY * VALUE, VALUE, KEY, VALUE, column, dmemory)
 
 
 @triton.jit
@@ -430,9 +362,9 @@ def _between_tokens(
     """dA and dB."""
     dreads, dscores = tl.zeros((CHUNK, CHUNK), SUM), tl.zeros((CHUNK, CHUNK), SUM)
     for column in range(0, VALUE, VALUE_BLOCK):
-        doutput = _load(_at(do, batch, first, head), do.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
-        dvalue = _load(_at(dv, batch, first, head), dv.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
-        missing = _load(residual, VALUE, CHUNK, VALUE, column, CHUNK, VALUE_BLOCK)
+        doutput = load(row_at(do, batch, first, head), do.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
+        dvalue = load(row_at(dv, batch, first, head), dv.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
+        missing = load(residual, VALUE, CHUNK, VALUE, column, CHUNK, VALUE_BLOCK)
         dreads = tl.dot(doutput, tl.trans(missing), dreads, input_precision=PRECISION)
         dscores = tl.dot(dvalue, tl.trans(missing), dscores, input_precision=PRECISION)
     return dreads * beta[None, :], -dscores * beta[None, :]
@@ -449,13 +381,13 @@ def _through_states(
     dwriters, kept = tl.zeros((CHUNK, KEY_BLOCK), SUM), tl.zeros((KEY_BLOCK,), SUM)
     for column in range(0, VALUE, VALUE_BLOCK):
         at = column * KEY
-        memory = _load(entering + at, KEY, VALUE - column, KEY, key_column, VALUE_BLOCK, KEY_BLOCK)
-        doutput = _load(_at(do, batch, first, head), do.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
-        dvalue = _load(_at(dv, batch, first, head), dv.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
+        memory = load(entering + at, KEY, VALUE - column, KEY, key_column, VALUE_BLOCK, KEY_BLOCK)
+        doutput = load(row_at(do, batch, first, head), do.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
+        dvalue = load(row_at(dv, batch, first, head), dv.time, left, VALUE, column, CHUNK, VALUE_BLOCK)
         dqueries = tl.dot(doutput, memory, dqueries, input_precision=PRECISION)
         dkeys = tl.dot(dvalue, memory, dkeys, input_precision=PRECISION)
-        dmemory = _load(leaving + at, KEY, VALUE - column, KEY, key_column, VALUE_BLOCK, KEY_BLOCK)
-        missing = _load(residual, VALUE, CHUNK, VALUE, column, CHUNK, VALUE_BLOCK)
+        dmemory = load(leaving + at, KEY, VALUE - column, KEY, key_column, VALUE_BLOCK, KEY_BLOCK)
+        missing = load(residual, VALUE, CHUNK, VALUE, column, CHUNK, VALUE_BLOCK)
         dwriters = tl.dot(missing, dmemory, dwriters, input_precision=PRECISION)
         kept += tl.sum(memory.to(SUM) * dmemory.to(SUM), 0)
     return dqueries, dkeys, dwriters, kept
@@ -486,8 +418,8 @@ def _differentiate(
     i, j = at[:, None], at[None, :]
     if dlog_decay is not None:
         # A pair's decays are those after the earlier token, up to the later one.
-        pairs = dreads * _load_square(reads + program * CHUNK * CHUNK, CHUNK).to(SUM)
-        pairs += dscores * _load_square(scores + program * CHUNK * CHUNK, CHUNK)
+        pairs = dreads * load_square(reads + program * CHUNK * CHUNK, CHUNK).to(SUM)
+        pairs += dscores * load_square(scores + program * CHUNK * CHUNK, CHUNK)
         pairs = tl.where(i > j, pairs, 0).to(q.data.dtype.element_ty)
         over_pairs = tl.dot(pairs, (i < j).to(pairs.dtype), input_precision=PRECISION, out_dtype=SUM)
     high, low = _running(_bounded(log_decay, starts, batch, token, head, time, CHUNK, SUM), SUM)
@@ -498,8 +430,8 @@ def _differentiate(
 
     since_start, until_end, over_chunk = tl.zeros((CHUNK,), SUM), tl.zeros((CHUNK,), SUM), tl.zeros((1,), SUM)
     for column in range(0, KEY, KEY_BLOCK):
-        key = _load(_at(k, batch, first, head // shared), k.time, left, KEY, column, CHUNK, KEY_BLOCK)
-        query = _load(_at(q, batch, first, head // shared), q.time, left, KEY, column, CHUNK, KEY_BLOCK)
+        key = load(row_at(k, batch, first, head // shared), k.time, left, KEY, column, CHUNK, KEY_BLOCK)
+        query = load(row_at(q, batch, first, head // shared), q.time, left, KEY, column, CHUNK, KEY_BLOCK)
         dquery, dkey, dwriter, kept = _through_states(
             do, dv, residual, entering, leaving, batch, head, first, left, column,
             KEY, VALUE, CHUNK, KEY_BLOCK, VALUE_BLOCK, SUM, PRECISION,
@@ -513,12 +445,12 @@ def _differentiate(
         dquery = tl.dot(dqueries_keys, key, dquery, input_precision=PRECISION)
         dkey = tl.dot(tl.trans(dqueries_keys), query, dkey + dwriter, input_precision=PRECISION)
         dkey = tl.dot(dkeys_keys, key, dkey, input_precision=PRECISION)
-        _store(_at(dq, batch, first, head), dq.time, left, KEY, column, dquery)
-        _store(_at(dk, batch, first, head), dk.time, left, KEY, column, dkey)
+        store(row_at(dq, batch, first, head), dq.time, left, KEY, column, dquery)
+        store(row_at(dk, batch, first, head), dk.time, left, KEY, column, dkey)
     if dlog_decay is not None:
         total = tl.sum(tl.where(i >= j, over_pairs + since_start[:, None], until_end[:, None]), 0)
         total += over_chunk * tl.load(gates + CHUNK - 1)
-        tl.store(_at(dlog_decay, batch, token, head), total, mask=token < time)
+        tl.store(row_at(dlog_decay, batch, token, head), total, mask=token < time)
 
 
 @triton.jit
@@ -535,15 +467,16 @@ def _differentiate_pairs(
         do, dv, residual + program * CHUNK * VALUE, beta, batch, head, first, time - first,
         VALUE, CHUNK, VALUE_BLOCK, SUM, PRECISION,
     )  # fmt: skip
+    of_reads = tl.where(at[:, None] >= at[None, :], of_reads, 0)
     of_scores = tl.where(at[:, None] > at[None, :], of_scores, 0)
-    _store_square(dreads + program * CHUNK * CHUNK, of_reads)
-    _store_square(dscores + program * CHUNK * CHUNK, of_scores + tl.trans(of_scores))
+    store_square(dreads + program * CHUNK * CHUNK, of_reads)
+    store_square(dscores + program * CHUNK * CHUNK, of_scores + tl.trans(of_scores))
 
 
 @triton.jit
 def _differentiate_channels(
-    q, k, log_decay, starts, do, dv, residual, dreads, dscores, gates, keeps, entering, leaving, dq, dk, dlog_decay,
-    time, heads, chunks, shared,
+    q, k, log_decay, starts, do, dv, residual, dreads, dscores, marks, gates, keeps, entering, leaving,
+    dq, dk, dlog_decay, time, heads, chunks, shared,
     KEY: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     LEVELS: tl.constexpr, NARROW: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -562,39 +495,38 @@ def _differentiate_channels(
         do, dv, residual + program * CHUNK * VALUE, entering + program * KEY * VALUE, leaving + program * KEY * VALUE,
         batch, head, first, left, column, KEY, VALUE, CHUNK, KEY_BLOCK, VALUE_BLOCK, SUM, PRECISION,
     )  # fmt: skip
-    key = _load(_at(k, batch, first, head // shared), k.time, left, KEY, column, CHUNK, KEY_BLOCK)
-    query = _load(_at(q, batch, first, head // shared), q.time, left, KEY, column, CHUNK, KEY_BLOCK)
-    g = _channel_decays(log_decay, starts, batch, first, left, head, column, KEY, CHUNK, KEY_BLOCK, SUM)
-    since_start = tl.exp(_sums(i >= j, g, NARROW, SUM, PRECISION))
+    key = load(row_at(k, batch, first, head // shared), k.time, left, KEY, column, CHUNK, KEY_BLOCK)
+    query = load(row_at(q, batch, first, head // shared), q.time, left, KEY, column, CHUNK, KEY_BLOCK)
+    g = channel_decays(log_decay, starts, batch, first, left, head, column, KEY, CHUNK, KEY_BLOCK, SUM)
+    since_start = tl.exp(sums(i >= j, g, NARROW, SUM, PRECISION))
     dquery *= since_start
     dkey *= -since_start
     # A decay acts on all that passes its token.
-    dg = _sums(i <= j, query.to(SUM) * dquery + key.to(SUM) * dkey, NARROW, SUM, PRECISION)
+    dg = sums(i <= j, query.to(SUM) * dquery + key.to(SUM) * dkey, NARROW, SUM, PRECISION)
     beta = tl.load(gates + program * 3 * CHUNK + 2 * CHUNK + at)
-    dwriter *= tl.exp(_sums(i < j, g, NARROW, SUM, PRECISION)) * beta[:, None]
-    dg += _sums(i > j, key.to(SUM) * dwriter, NARROW, SUM, PRECISION)
+    dwriter *= tl.exp(sums(i < j, g, NARROW, SUM, PRECISION)) * beta[:, None]
+    dg += sums(i > j, key.to(SUM) * dwriter, NARROW, SUM, PRECISION)
     dg += (kept * tl.load(keeps + program * KEY + at_key, mask=at_key < KEY, other=0))[None, :]
     own = tl.load(dreads + at * CHUNK + at).to(SUM)[:, None]
     dquery += own * key.to(SUM)
     dkey += dwriter + own * query.to(SUM)
+    of_reads, of_scores = load_square(dreads, CHUNK), load_square(dscores, CHUNK)
     for level in range(LEVELS):
-        decay = tl.exp(_sums(_to_middle(i, j, level), g, NARROW, SUM, PRECISION))
+        to_middle, across = load_marks(marks, level, CHUNK)
+        decay = tl.exp(sums(to_middle, g, NARROW, SUM, PRECISION))
         near_key = (key.to(SUM) * decay).to(key.dtype)
         near_query = (query.to(SUM) * decay).to(key.dtype)
-        block, later, earlier = i >> level + 1 == j >> level + 1, i >> level > j >> level, i >> level < j >> level
-        above = tl.load(dreads + i * CHUNK + j, mask=block & later, other=0)
-        below = tl.load(dreads + j * CHUNK + i, mask=block & earlier, other=0)
-        both = tl.load(dscores + i * CHUNK + j, mask=block & (later | earlier), other=0)
-        dnear_query = tl.dot(above, near_key, input_precision=PRECISION, out_dtype=SUM) * decay
-        dnear_key = tl.dot(both, near_key, input_precision=PRECISION, out_dtype=SUM)
-        dnear_key = tl.dot(below, near_query, dnear_key, input_precision=PRECISION) * decay
+        near_reads, near_scores = across * of_reads, across * of_scores
+        dnear_query = tl.dot(near_reads, near_key, input_precision=PRECISION, out_dtype=SUM) * decay
+        dnear_key = tl.dot(near_scores, near_key, input_precision=PRECISION, out_dtype=SUM)
+        dnear_key = tl.dot(tl.trans(near_reads), near_query, dnear_key, input_precision=PRECISION) * decay
         dquery += dnear_query
         dkey += dnear_key
         through = query.to(SUM) * dnear_query + key.to(SUM) * dnear_key
-        dg += _sums(_to_middle(j, i, level), through, NARROW, SUM, PRECISION)
-    _store(_at(dq, batch, first, head), dq.time, left, KEY, column, dquery)
-    _store(_at(dk, batch, first, head), dk.time, left, KEY, column, dkey)
-    _store(_at(dlog_decay, batch, first, head), dlog_decay.time, left, KEY, column, dg)
+        dg += sums(tl.trans(to_middle), through, NARROW, SUM, PRECISION)
+    store(row_at(dq, batch, first, head), dq.time, left, KEY, column, dquery)
+    store(row_at(dk, batch, first, head), dk.time, left, KEY, column, dkey)
+    store(row_at(dlog_decay, batch, first, head), dlog_decay.time, left, KEY, column, dg)
 
 
 @triton.jit
@@ -611,37 +543,24 @@ def _step(
     at_key, at_value = tl.arange(0, KEY_BLOCK), column + tl.arange(0, VALUE_BLOCK)
     memory = tl.zeros((KEY_BLOCK, VALUE_BLOCK), SUM)
     if state is not None:
-        memory += _load(state + row * KEY * VALUE, VALUE, KEY, VALUE, column, KEY_BLOCK, VALUE_BLOCK)
+        memory += load(state + row * KEY * VALUE, VALUE, KEY, VALUE, column, KEY_BLOCK, VALUE_BLOCK)
     for token in range(time):
         if starts is not None:
-            memory = tl.where(tl.load(_at(starts, batch, token, 0)) != 0, 0, memory)
+            memory = tl.where(tl.load(row_at(starts, batch, token, 0)) != 0, 0, memory)
         if CHANNELS:
-            g = tl.load(_at(log_decay, batch, token, head) + at_key, mask=at_key < KEY, other=0)
+            g = tl.load(row_at(log_decay, batch, token, head) + at_key, mask=at_key < KEY, other=0)
             memory *= tl.exp(g.to(SUM))[:, None]
         elif log_decay is not None:
-            memory *= tl.exp(tl.load(_at(log_decay, batch, token, head)).to(SUM))
-        key = tl.load(_at(k, batch, token, head // shared) + at_key, mask=at_key < KEY, other=0).to(SUM)
-        query = tl.load(_at(q, batch, token, head // shared) + at_key, mask=at_key < KEY, other=0).to(SUM)
-        value = tl.load(_at(v, batch, token, head) + at_value, mask=at_value < VALUE, other=0).to(SUM)
-        gate = tl.load(_at(beta, batch, token, head)).to(SUM)
+            memory *= tl.exp(tl.load(row_at(log_decay, batch, token, head)).to(SUM))
+        key = tl.load(row_at(k, batch, token, head // shared) + at_key, mask=at_key < KEY, other=0).to(SUM)
+        query = tl.load(row_at(q, batch, token, head // shared) + at_key, mask=at_key < KEY, other=0).to(SUM)
+        value = tl.load(row_at(v, batch, token, head) + at_value, mask=at_value < VALUE, other=0).to(SUM)
+        gate = tl.load(row_at(beta, batch, token, head)).to(SUM)
         new = gate * (value - tl.sum(memory * key[:, None], 0))
         memory += key[:, None] * new[None, :]
         output = tl.sum(memory * query[:, None], 0)
-        tl.store(_at(o, batch, token, head) + at_value, output.to(o.data.dtype.element_ty), mask=at_value < VALUE)
-    _store(last + row * KEY * VALUE, VALUE, KEY, VALUE, column, memory)
-
-
-def _rows(x):
-    """``x`` for a kernel: a copy only where an axis after the head's is strided."""
-    if x is None:
-        return None
-    if x.ndim > 3:
-        x = last_axis_contiguous(x)
-    return Rows(x, x.stride(0), x.stride(1), x.stride(2) if x.ndim > 2 else 0)
-
-
-def _power(size):
-    return max(triton.next_power_of_2(size), 16)
+        tl.store(row_at(o, batch, token, head) + at_value, output.to(o.data.dtype.element_ty), mask=at_value < VALUE)
+    store(last + row * KEY * VALUE, VALUE, KEY, VALUE, column, memory)
 
 
 class _Call(NamedTuple):
@@ -682,10 +601,7 @@ def _describe(q, v, log_decay):
 
 
 def _segments(call):
-    """First and last token of each segment, and its chunks."""
-    size = segment(call.batch * call.heads)
-    ends = [(begin, min(begin + size, call.time)) for begin in range(0, call.time, size)]
-    return [(begin, end, triton.cdiv(end - begin, call.chunk)) for begin, end in ends]
+    return segments(call.time, segment(call.batch * call.heads), call.chunk)
 
 
 class _Matrices(NamedTuple):
@@ -699,6 +615,7 @@ class _Matrices(NamedTuple):
     inverse: Tensor
     gates: Tensor
     keeps: Tensor | None
+    marks: Tensor | None
     shared: int
 
 
@@ -707,28 +624,31 @@ def _prepare(call, chunks, q, k, log_decay, beta, starts):
     square = (cells, call.chunk, call.chunk)
     scores, reads, inverse = q.new_empty(square, dtype=call.wide), q.new_empty(square), q.new_empty(square)
     gates = q.new_empty(cells, 3, call.chunk, dtype=call.wide)
-    inputs = [_rows(x) for x in (q, k, log_decay, beta, starts)]
+    inputs = [rows(x) for x in (q, k, log_decay, beta, starts)]
     sizes = (q.shape[1], call.heads, chunks, call.shared)
     if call.channels:
         keeps = q.new_empty(cells, call.key, dtype=call.wide)
         tile = (call.batch, chunks * call.chunk, call.heads, call.key)
-        q_start, k_start, k_end = (_rows(q.new_empty(tile)) for _ in range(3))
+        q_start, k_start, k_end = (rows(q.new_empty(tile)) for _ in range(3))
         config = _config("decay", call)
         _decay_channels[cells, triton.cdiv(call.key, config["KEY_BLOCK"])](
             *inputs[:3], inputs[4], keeps, q_start, k_start, k_end, *sizes,
             **call.constants("KEY", "CHUNK", "NARROW", "SUM", "PRECISION"), **config,
         )  # fmt: skip
+        levels = call.chunk.bit_length() - 1
+        marks = q.new_empty(levels, 2, call.chunk, call.chunk)
+        mark[(levels,)](marks, CHUNK=call.chunk, **launch_options(4, 1))
         _score_channels[(cells,)](
-            *inputs, scores, reads, gates, *sizes,
+            *inputs, marks, scores, reads, gates, *sizes,
             **call.constants("KEY", "CHUNK", "LEVELS", "NARROW", "SUM", "PRECISION"), **_config("score", call),
         )  # fmt: skip
-        ready = _Matrices(q_start, k_start, k_end, scores, reads, inverse, gates, keeps, 1)
+        ready = _Matrices(q_start, k_start, k_end, scores, reads, inverse, gates, keeps, marks, 1)
     else:
         _score[(cells,)](
             *inputs, scores, reads, gates, *sizes,
             **call.constants("KEY", "CHUNK", "SUM", "PRECISION"), **_config("score", call),
         )  # fmt: skip
-        ready = _Matrices(inputs[0], inputs[1], None, scores, reads, inverse, gates, None, call.shared)
+        ready = _Matrices(inputs[0], inputs[1], None, scores, reads, inverse, gates, None, None, call.shared)
     _invert[(cells,)](scores, gates, inverse, **call.constants("CHUNK", "PRECISION"), **_config("invert", call))
     return ready
 
@@ -737,7 +657,7 @@ def _run_walk(call, chunks, ready, v, state, o=None, residual=None, entering=Non
     config = _config("walk", call)
     programs = call.batch * call.heads * triton.cdiv(call.value, config["VALUE_BLOCK"])
     _walk[(programs,)](
-        ready.q, ready.k, ready.k_end, _rows(v), ready.inverse, ready.reads, ready.gates, ready.keeps, state, _rows(o),
+        ready.q, ready.k, ready.k_end, rows(v), ready.inverse, ready.reads, ready.gates, ready.keeps, state, rows(o),
         residual, entering, last, v.shape[1], call.heads, chunks, ready.shared,
         **call.constants("KEY", "VALUE", "CHUNK", "SUM", "PRECISION"), **config,
     )  # fmt: skip
@@ -754,7 +674,7 @@ def forward(q, k, v, log_decay, beta, state, starts):
         config = _config("step", call)
         programs = call.batch * call.heads * triton.cdiv(call.value, config["VALUE_BLOCK"])
         _step[(programs,)](
-            *(_rows(x) for x in (q, k, v, log_decay, beta, starts)), state, _rows(o), last,
+            *(rows(x) for x in (q, k, v, log_decay, beta, starts)), state, rows(o), last,
             call.time, call.heads, call.shared, CHANNELS=call.channels,
             **call.constants("KEY", "VALUE", "SUM"), **config,
         )  # fmt: skip
@@ -800,10 +720,10 @@ def _segment_backward(call, chunks, inputs, outputs, state, dlast):
     parts = triton.cdiv(call.value, config["VALUE_BLOCK"])
     dstate = v.new_empty((batch, heads, call.key, call.value), dtype=call.wide)
     partial = v.new_empty((batch, heads, parts, chunks * call.chunk), dtype=call.wide)
-    do = _rows(do)
+    do = rows(do)
     _walk_back[(batch * heads * parts,)](
         ready.q, ready.k, ready.k_end, do, residual, ready.inverse, ready.reads, ready.gates, ready.keeps,
-        dlast, _rows(dv), partial, leaving, dstate, time, heads, chunks, ready.shared,
+        dlast, rows(dv), partial, leaving, dstate, time, heads, chunks, ready.shared,
         **call.constants("KEY", "VALUE", "CHUNK", "SUM", "PRECISION"), **config,
     )  # fmt: skip
     dbeta.copy_(partial.sum(2)[..., :time].mT)
@@ -811,24 +731,24 @@ def _segment_backward(call, chunks, inputs, outputs, state, dlast):
     # Heads that share a query and key add up their gradients.
     shape = (batch, time, heads, call.key)
     targets = [dq, dk] if call.shared == 1 else [q.new_empty(shape, dtype=call.wide) for _ in range(2)]
-    tensors = [_rows(x) for x in (q, k, log_decay, starts)]
-    gradients = [_rows(x) for x in (*targets, dlog_decay)]
+    tensors = [rows(x) for x in (q, k, log_decay, starts)]
+    gradients = [rows(x) for x in (*targets, dlog_decay)]
     sizes = (time, heads, chunks, call.shared)
     config = _config("differentiate", call)
     if call.channels:
         dreads, dscores = torch.empty_like(ready.reads), torch.empty_like(ready.reads)
         _differentiate_pairs[(cells,)](
-            do, _rows(dv), residual, ready.gates, dreads, dscores, time, heads, chunks,
+            do, rows(dv), residual, ready.gates, dreads, dscores, time, heads, chunks,
             **call.constants("VALUE", "CHUNK", "SUM", "PRECISION"), **_config("pairs", call),
         )  # fmt: skip
         _differentiate_channels[(cells * triton.cdiv(call.key, config["KEY_BLOCK"]),)](
-            *tensors, do, _rows(dv), residual, dreads, dscores, ready.gates, ready.keeps, entering, leaving,
-            *gradients, *sizes,
+            *tensors, do, rows(dv), residual, dreads, dscores, ready.marks, ready.gates, ready.keeps,
+            entering, leaving, *gradients, *sizes,
             **call.constants("KEY", "VALUE", "CHUNK", "LEVELS", "NARROW", "SUM", "PRECISION"), **config,
         )  # fmt: skip
     else:
         _differentiate[(cells,)](
-            *tensors, do, _rows(dv), residual, ready.scores, ready.reads, ready.gates, entering, leaving,
+            *tensors, do, rows(dv), residual, ready.scores, ready.reads, ready.gates, entering, leaving,
             *gradients, *sizes, **call.constants("KEY", "VALUE", "CHUNK", "SUM", "PRECISION"), **config,
         )  # fmt: skip
     if call.shared > 1:
@@ -857,17 +777,18 @@ _CONFIGS = {
     "walk back": _Config(None, 32, 8, 2),
     "pairs": _Config(None, 64, 4, 2),
     "differentiate": _Config(32, 32, 8, 2),
-    "differentiate channels": _Config(16, 64, 8, 1),
+    "differentiate channels": _Config(16, 32, 4, 1),
 }
+_LARGE = {"differentiate channels": _Config(32, 64, 4, 1)}
 _TAKES_ALL_KEYS = ("step", "walk", "walk back")
 
 
 def _config(kernel, call):
     """Blocks, warps and stages of a kernel."""
     name = f"{kernel} channels" if call.channels and f"{kernel} channels" in _CONFIGS else kernel
-    config = _CONFIGS[name]
+    config = (_CONFIGS | _LARGE if fits_large_tiles() else _CONFIGS)[name]
     settings = launch_options(config.num_warps, config.num_stages)
-    key, value = _power(call.key), _power(call.value)
+    key, value = power(call.key), power(call.value)
     value_block = config.value_block
     if name in _TAKES_ALL_KEYS:
         settings["KEY_BLOCK"] = key
