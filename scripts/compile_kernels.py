@@ -381,20 +381,33 @@ def show_kernels(chip: str, kernels: list[Kernel]) -> Table:
     return table
 
 
+def summary(kernels: list[Kernel]) -> list[str]:
+    """How many, the most registers and shared memory of one, and the sums of the rest."""
+    numbers = [
+        len(kernels), max(x.registers for x in kernels), sum(x.spilled for x in kernels),
+        sum(x.stack for x in kernels), max(x.shared for x in kernels), sum(x.matmuls for x in kernels),
+        sum(x.in_loops for x in kernels), sum(x.instructions for x in kernels),
+    ]  # fmt: skip
+    return [str(number) for number in numbers]
+
+
 def show_calls(chip: str, calls: dict[Job, list[Kernel]]) -> Table:
-    """A row for each call and side: the most registers and shared memory of a kernel, the sums of the rest."""
+    """A row for each call and side."""
     table = table_of(f"{chip}, calls", "call", "side", "kernels", *NUMBERS)
     for job in sorted(calls, key=lambda x: (str(x), x.backend != "triton")):
         if job._replace(backend="fla") in calls:
             rows = list({kernel.identity: kernel for kernel in calls[job]}.values())
-            numbers = [
-                max(x.registers for x in rows), sum(x.spilled for x in rows), sum(x.stack for x in rows),
-                max(x.shared for x in rows), sum(x.matmuls for x in rows), sum(x.in_loops for x in rows),
-                sum(x.instructions for x in rows),
-            ]  # fmt: skip
             wrong = next((x.error for x in rows if x.error), None)
             side = "seqzoo" if job.backend == "triton" else "fla"
-            table.add_row(str(job), side, *([wrong] if wrong else map(str, (len(rows), *numbers))))
+            table.add_row(str(job), side, *([wrong] if wrong else summary(rows)))
+    return table
+
+
+def show_operators(kernels: list[Kernel]) -> Table:
+    """A row for each operator and chip, whatever calls its kernels were compiled for."""
+    table = table_of("operators", "kernels of", "chip", "kernels", *NUMBERS)
+    for place in sorted({(x.name.split(".")[0], x.chip) for x in kernels if not x.error}):
+        table.add_row(*place, *summary([x for x in kernels if (x.name.split(".")[0], x.chip) == place]))
     return table
 
 
@@ -412,7 +425,8 @@ def main() -> int:
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not compiled")
 
     console = Console(width=max(Console().width, 170))
-    began, number, compiled, failures = time.perf_counter(), 0, 0, []
+    began, number, failures = time.perf_counter(), 0, []
+    ours: list[Kernel] = []
     for chip in options.target:
         calls: dict[Job, list[Kernel]] = {}
         jobs = collect_jobs(chip, options.operator, options.mode, options.quick, options.compare_fla)
@@ -424,20 +438,27 @@ def main() -> int:
                 running = {pool.submit(compile_job, job): job for job in jobs}
                 for done in as_completed(running):
                     job, calls[job] = running[done], done.result()
-                    bad = sum(bool(kernel.failures()) for kernel in calls[job])
+                    bad = {f"{x.name}: {reason}" for x in calls[job] for reason in x.failures()}
                     state = f"{chip} {len(calls)}/{len(jobs)}, {time.perf_counter() - began:.0f} s"
                     side = "" if job.backend == "triton" else f"{job.backend}: "
-                    print(f"{state}: {side}{job}: {len(calls[job])} kernels, {bad} bad", file=sys.stderr, flush=True)
+                    print(
+                        f"{state}: {side}{job}: {len(calls[job])} kernels",
+                        *sorted(bad),
+                        sep="\n  ",
+                        file=sys.stderr,
+                        flush=True,
+                    )
         kernels = {kernel.identity: kernel for kernels in calls.values() for kernel in kernels}.values()
         console.print(show_kernels(chip, [kernel for kernel in kernels if not kernel.error]))
         if options.compare_fla:
             console.print(show_calls(chip, calls))
-        ours = [kernel for kernel in kernels if kernel.job.backend == "triton"]
-        for kernel in ours:
-            where = f"{chip}: {kernel.name} [{kernel.config}] of {kernel.job}"
-            failures += [f"{where}: {reason}" for reason in kernel.failures()]
+        ours += [kernel for kernel in kernels if kernel.job.backend == "triton"]
         number += sum(job.backend == "triton" for job in jobs)
-        compiled += sum(not kernel.error for kernel in ours)
+    for kernel in ours:
+        where = f"{kernel.chip}: {kernel.name} [{kernel.config}] of {kernel.job}"
+        failures += [f"{where}: {reason}" for reason in kernel.failures()]
+    compiled = sum(not kernel.error for kernel in ours)
+    console.print(show_operators(ours))
     print(*failures, sep="\n", file=sys.stderr, flush=True)
     print(f"{compiled} kernels of {number} calls in {time.perf_counter() - began:.0f} s; {len(failures)} failures")
     return bool(failures)

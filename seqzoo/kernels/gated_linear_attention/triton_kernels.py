@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from seqzoo.kernels.triton_support import last_axis_contiguous, launch_options
+from seqzoo.kernels.triton_support import fits_large_tiles, last_axis_contiguous, launch_options
 
 # e^CUT is 0 in float64 too, and CUT squared is far from the largest number of any type.
 CUT = tl.constexpr(-1e4)
@@ -321,6 +321,45 @@ def _read(
     tl.store(out + token[:, None] * (HEADS * VALUE) + v_column[None, :], result, mask=mask)
 
 
+@triton.jit
+def _score_gradients(
+    v, do, token, inside, v_stride, do_stride, VALUE: tl.constexpr, V_BLOCK: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """do v^T."""
+    dscores = tl.zeros((token.shape[0], token.shape[0]), ACC)
+    for start in range(0, VALUE, V_BLOCK):
+        v_column = start + tl.arange(0, V_BLOCK)
+        v_tile = _tile(v, token, v_stride, v_column, inside, VALUE)
+        do_tile = _tile(do, token, do_stride, v_column, inside, VALUE)
+        dscores += _dot(do_tile, tl.trans(v_tile), DOT, PRECISION)
+    return dscores
+
+
+@triton.jit
+def _state_gradients(
+    v, do, memories, dmemories, token, inside, v_stride, do_stride, k_column,
+    KEY: tl.constexpr, VALUE: tl.constexpr, V_BLOCK: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """do S^T, v dS^T, and the products of S and dS summed over values."""
+    dq_state = tl.zeros((token.shape[0], k_column.shape[0]), ACC)
+    dk_state = tl.zeros((token.shape[0], k_column.shape[0]), ACC)
+    kept = tl.zeros(k_column.shape, ACC)
+    for start in range(0, VALUE, V_BLOCK):
+        v_column = start + tl.arange(0, V_BLOCK)
+        v_tile = _tile(v, token, v_stride, v_column, inside, VALUE)
+        do_tile = _tile(do, token, do_stride, v_column, inside, VALUE)
+        present = (k_column < KEY)[:, None] & (v_column < VALUE)[None, :]
+        place = k_column[:, None] * VALUE + v_column[None, :]
+        memory = tl.load(memories + place, mask=present, other=0)
+        dmemory = tl.load(dmemories + place, mask=present, other=0)
+        dq_state += _dot(do_tile, tl.trans(memory), DOT, PRECISION)
+        dk_state += _dot(v_tile, tl.trans(dmemory), DOT, PRECISION)
+        kept += tl.sum(memory.to(ACC) * dmemory.to(ACC), 1)
+    return dq_state, dk_state, kept
+
+
 @triton.jit(do_not_specialize=["time"])
 def _gradient(
     q, k, v, do, g, bonus, starts, memories, dmemories, dq, dk, dg, dbonus,
@@ -361,25 +400,16 @@ def _gradient(
         do_head = do + batch * do_strides[0] + first * do_strides[1] + head * do_strides[2]
         at_chunk = ((batch * HEADS + head) * chunks + chunk) * KEY * VALUE
 
-        dscores = tl.zeros((CHUNK, CHUNK), ACC)
-        dq_state = tl.zeros((CHUNK, K_BLOCK), ACC)
-        dk_state = tl.zeros((CHUNK, K_BLOCK), ACC)
-        kept = tl.zeros((K_BLOCK,), ACC)
-        for start in range(0, VALUE, V_BLOCK):
-            v_column = start + tl.arange(0, V_BLOCK)
-            v_tile = _tile(v_head, token, v_strides[1], v_column, inside, VALUE)
-            do_tile = _tile(do_head, token, do_strides[1], v_column, inside, VALUE)
-            present = k_present[:, None] & (v_column < VALUE)[None, :]
-            place = at_chunk + k_column[:, None] * VALUE + v_column[None, :]
-            memory = tl.load(memories + place, mask=present, other=0)
-            dmemory = tl.load(dmemories + place, mask=present, other=0)
-            dscores += _dot(do_tile, tl.trans(v_tile), DOT, PRECISION)
-            dq_state += _dot(do_tile, tl.trans(memory), DOT, PRECISION)
-            dk_state += _dot(v_tile, tl.trans(dmemory), DOT, PRECISION)
-            kept += tl.sum(memory.to(ACC) * dmemory.to(ACC), 1)
-
+        # v and do are read twice, so that less has to be in registers at once.
+        dscores = _score_gradients(
+            v_head, do_head, token, inside, v_strides[1], do_strides[1], VALUE, V_BLOCK, ACC, DOT, PRECISION
+        )
         q_wide, k_wide = q_tile.to(ACC), k_tile.to(ACC)
         if DECAY == "channel":
+            dq_state, dk_state, kept = _state_gradients(
+                v_head, do_head, memories + at_chunk, dmemories + at_chunk, token, inside, v_strides[1], do_strides[1],
+                k_column, KEY, VALUE, V_BLOCK, ACC, DOT, PRECISION,
+            )  # fmt: skip
             g_head = g + of_head * KEY
             decay = _decay_up_to_read(g_head, starts, token, left, k_column, HEADS, KEY, DECAY, EXCLUSIVE, ACC)
             dq_state *= decay
@@ -408,6 +438,14 @@ def _gradient(
             dpairs = dscores * _decay_between(g_head, starts, token, left, HEADS, DECAY, EXCLUSIVE, ACC)
             dq_tile += _dot(dpairs, k_tile, DOT, PRECISION)
             dk_tile += _dot(tl.trans(dpairs), q_tile, DOT, PRECISION)
+            if DECAY == "scalar":
+                dspans = dpairs * _dot(q_tile, tl.trans(k_tile), DOT, PRECISION)
+                dspans = _dot(row + EXCLUSIVE <= column, dspans, DOT, PRECISION)
+                dg_token = tl.sum(tl.where(column < row, dspans, 0), 1)
+            dq_state, dk_state, kept = _state_gradients(
+                v_head, do_head, memories + at_chunk, dmemories + at_chunk, token, inside, v_strides[1], do_strides[1],
+                k_column, KEY, VALUE, V_BLOCK, ACC, DOT, PRECISION,
+            )  # fmt: skip
             if DECAY == "scalar" or starts is not None:
                 decay = _decay_up_to_read(g_head, starts, token, left, token, HEADS, KEY, DECAY, EXCLUSIVE, ACC)
                 dq_state *= decay[:, None]
@@ -416,12 +454,10 @@ def _gradient(
             dq_tile += dq_state
             dk_tile += dk_state
             if DECAY == "scalar":
-                dspans = dpairs * _dot(q_tile, tl.trans(k_tile), DOT, PRECISION)
-                dspans = _dot(row + EXCLUSIVE <= column, dspans, DOT, PRECISION)
-                dspans = tl.where(column < row, dspans + tl.sum(k_wide * dk_state, 1)[None, :], 0)
+                dspans = tl.where(column < row, tl.sum(k_wide * dk_state, 1)[None, :], 0)
                 dspans += tl.where(row + EXCLUSIVE <= column, tl.sum(q_wide * dq_state, 1)[None, :], 0)
                 total = tl.sum(_log_decay(g_head, starts, token, inside, token, HEADS, KEY, DECAY, ACC), 0)
-                dg_token = tl.sum(dspans, 1) + tl.exp(total) * tl.sum(kept, 0)
+                dg_token += tl.sum(dspans, 1) + tl.exp(total) * tl.sum(kept, 0)
                 # Every block of columns has its own share: [block, batch, time, head].
                 lanes = (tl.num_programs(0) // chunks // (HEADS // SHARE)).to(tl.int64)
                 share = dg + tl.program_id(1) * lanes * time * HEADS + of_head
@@ -581,7 +617,7 @@ def _run_read(q, k, y, log_decay, bonus, starts, memories, out, settings, backwa
 def _run_gradient(q, k, v, dout, log_decay, bonus, starts, memories, dmemories, settings):
     (batch, time, heads, _), (groups, key) = v.shape, q.shape[2:]
     wide = torch.promote_types(v.dtype, torch.float32)
-    config = _config("gradient" if heads == groups else "gradient of groups", settings)
+    config = _config("gradient", settings)
     chunks, k_blocks = triton.cdiv(time, settings["CHUNK"]), triton.cdiv(key, config["K_BLOCK"])
     share = _heads_at_once(heads // groups, batch * groups * chunks * k_blocks)
     bundles = heads // share
@@ -609,15 +645,15 @@ def _run_gradient(q, k, v, dout, log_decay, bonus, starts, memories, dmemories, 
 
 # Of each kernel, for a decay per channel or not: the largest blocks of keys and values, warps and stages.
 CONFIGS = {
-    ("walk", False): (64, 32, 4, 3),
+    ("walk", False): (64, 32, 4, 2),
     ("walk", True): (64, 32, 4, 3),
-    ("read", False): (64, 64, 4, 2),
+    ("read", False): (32, 64, 4, 2),
     ("read", True): (32, 64, 4, 2),
-    ("gradient", False): (32, 64, 4, 1),
-    ("gradient", True): (64, 64, 4, 1),
-    ("gradient of groups", False): (16, 64, 4, 1),
-    ("gradient of groups", True): (64, 64, 8, 1),
+    ("gradient", False): (32, 32, 8, 2),
+    ("gradient", True): (64, 64, 8, 1),
 }
+# Where large tiles fit: for the gradient, every block of keys computes all scores again.
+LARGE = {("walk", False): (64, 32, 4, 3), ("read", False): (64, 64, 4, 2), ("gradient", False): (64, 32, 8, 1)}
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -652,7 +688,9 @@ def _decay(log_decay):
 
 def _config(kernel, settings):
     """Blocks of keys and values, at most as in ``CONFIGS`` and no smaller than tensor cores take."""
-    k_block, v_block, num_warps, num_stages = CONFIGS[kernel, settings["DECAY"] == "channel"]
+    which = kernel, settings["DECAY"] == "channel"
+    configs = CONFIGS | LARGE if fits_large_tiles() else CONFIGS
+    k_block, v_block, num_warps, num_stages = configs[which]
     return {
         "K_BLOCK": max(min(triton.next_power_of_2(settings["KEY"]), k_block), 16),
         "V_BLOCK": max(min(triton.next_power_of_2(settings["VALUE"]), v_block), 16),

@@ -24,8 +24,10 @@ from seqzoo.kernels.backends import check_heads, check_numbers, check_shape, dis
 from seqzoo.kernels.mlstm import native, reference, stabilized
 from seqzoo.kernels.mlstm.reference import MLSTMState
 
+# GPUs load rows whose lengths are a multiple of 32 bytes in larger pieces.
+_MULTIPLES = {"triton": 16}
 IMPLEMENTATIONS = {"reference": reference.mlstm} | {
-    name: native.mlstm if name == "native" else partial(stabilized.mlstm, run)
+    name: native.mlstm if name == "native" else partial(stabilized.mlstm, run, multiple=_MULTIPLES.get(name, 1))
     for name, run in _gated_linear_attention.IMPLEMENTATIONS.items()
     if name != "reference"
 }

@@ -13,7 +13,10 @@ from seqzoo.kernels.backends import accumulation_dtype
 from seqzoo.kernels.mlstm.reference import SMALLEST_DENOMINATOR, MLSTMState
 
 
-def mlstm(gated_linear_attention, q, k, v, input_gate, log_forget, state, starts):
+def mlstm(gated_linear_attention, q, k, v, input_gate, log_forget, state, starts, multiple=1):
+    """Run mLSTM on an implementation of gated linear attention that likes its values in a ``multiple`` of columns."""
+    value = v.shape[-1]
+    zeros = -(value + 1) % multiple
     dtype = accumulation_dtype(v)
     input_gate, log_forget = input_gate.to(dtype), log_forget.to(dtype)
     first = torch.zeros_like(input_gate[:, 0]) if state is None else state.stabilizer.to(dtype)
@@ -22,17 +25,20 @@ def mlstm(gated_linear_attention, q, k, v, input_gate, log_forget, state, starts
     # The stabilizers first: they may be large, but never their difference. Where a document starts it acts on nothing.
     log_decay = torch.cat([first[:, None], constant[:, :-1]], 1) - constant + log_forget
     k = (k * (input_gate - constant).exp()[..., None]).to(k.dtype)
-    memory = None if state is None else torch.cat([state.memory, state.normalizer[..., None]], -1)
-    o, memory = gated_linear_attention(q, k, F.pad(v, (0, 1), value=1.0), log_decay, None, memory, starts)
+    memory = None
+    if state is not None:
+        memory = F.pad(torch.cat([state.memory, state.normalizer[..., None]], -1), (0, zeros))
+    columns = F.pad(F.pad(v, (0, 1), value=1.0), (0, zeros))
+    o, memory = gated_linear_attention(q, k, columns, log_decay, None, memory, starts)
 
     floor = (-constant).exp().clamp(min=SMALLEST_DENOMINATOR)
-    h = (o[..., :-1].to(dtype) / torch.maximum(o[..., -1].to(dtype).abs(), floor)[..., None]).to(v.dtype)
+    h = (o[..., :value].to(dtype) / torch.maximum(o[..., value].to(dtype).abs(), floor)[..., None]).to(v.dtype)
     last = stabilizer[:, -1].clone()
     if last.requires_grad:
         # A factor of one: what is kept is divided by e^m.
         memory = memory * (constant[:, -1] - last).exp()[..., None, None]
     # Views would keep what they are cut from.
-    return h, MLSTMState(memory[..., :-1].contiguous(), memory[..., -1].contiguous(), last)
+    return h, MLSTMState(memory[..., :value].contiguous(), memory[..., value].contiguous(), last)
 
 
 def running_maximum(gain: Tensor, keep: Tensor, first: Tensor, starts: Tensor | None) -> Tensor:
