@@ -1,7 +1,9 @@
-"""Speed and memory on this machine: `python scripts/bench.py [decode] [steps] [peers] [lengths]`, all by default.
+"""Speed and memory on this machine: `python scripts/bench.py [PART ...]`, all parts by default.
 
 Machines are noisy: the sides of every ratio are timed in turn in this one process, and medians are compared. Before
-operators are timed against other people's code (scripts/operator_peers.py), their answers are compared.
+operators are timed against other people's code (scripts/operator_peers.py), their answers are compared. The parts
+`layers`, `shares` and `costs` take an hour or so and keep what they measure; with `--results docs` the documentation's
+tables and picture are made of it.
 """
 
 from __future__ import annotations
@@ -9,19 +11,22 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import multiprocessing
-import re
-import statistics
+import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import operator_peers as peers
 import torch
+from cost_bench import costs
+from layer_bench import layers
+from operator_cases import CASES, Case, draw, operator_of, work
+from results import RESULTS
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from share_bench import shares
+from timing import PATIENCE, forward, forward_and_backward, in_own_process, medians, reset_peak, resident
 from torch import Tensor
 from yaml import safe_load
 
@@ -35,126 +40,6 @@ SHORT, LONG = 1024, 16384
 ROUNDS = 200
 THREADS = 2
 DTYPES = (torch.float32, torch.bfloat16)
-CHUNK = 64
-PATIENCE = 20.0
-"""Seconds that one peer may take for all its rounds: slow ones are timed fewer times, at least once."""
-
-
-class Case(NamedTuple):
-    """An operator at the sizes of a published layer of width 768, and the code of others that computes the same."""
-
-    name: str
-    operator: str
-    sizes: dict[str, Any]
-    peers: tuple[Callable[..., Tensor], ...]
-
-
-DELTA = {"groups": 12, "heads": 12, "key": 128, "value": 128}
-SMALL = {"groups": 12, "heads": 12, "key": 64, "value": 64}
-GLA = {"groups": 4, "heads": 4, "key": 96, "value": 192}
-RETNET = {"groups": 8, "heads": 8, "key": 96, "value": 192}
-MAMBA2 = {"groups": 1, "heads": 24, "key": 128, "value": 64}
-
-CASES = (
-    Case(
-        "short convolution",
-        "short_conv",
-        {"channels": 1536, "bias": False, "activation": "silu"},
-        (peers.torch_conv1d,),
-    ),
-    Case(
-        "selective scan (Mamba)",
-        "selective_scan",
-        {"channels": 1536, "size": 16},
-        (peers.mambapy_selective_scan,),  # transformers' loop takes minutes: its backward is quadratic
-    ),
-    Case("RG-LRU, minGRU", "linear_scan", {"channels": 768}, (peers.mingru_scan, peers.transformers_rglru)),
-    Case("Mamba-2", "gated_linear_attention", MAMBA2, (peers.transformers_mamba2, peers.fla_simple_gla)),
-    Case("RetNet", "gated_linear_attention", RETNET, (peers.fla_simple_gla,)),
-    Case("GLA", "gated_linear_attention", GLA | {"decay": "channel"}, (peers.fla_gla,)),
-    Case("RWKV-6", "gated_linear_attention", SMALL | {"decay": "channel", "bonus": True}, (peers.fla_rwkv6,)),
-    Case("mLSTM", "mlstm", {"heads": 4, "key": 96, "value": 192}, (peers.xlstm_mlstm,)),
-    Case("DeltaNet", "gated_delta_rule", DELTA | {"decay": "none"}, (peers.fla_delta_rule,)),
-    Case(
-        "Gated DeltaNet",
-        "gated_delta_rule",
-        DELTA,
-        (peers.transformers_gated_delta_rule, peers.fla_gated_delta_rule),
-    ),
-    Case("KDA", "gated_delta_rule", DELTA | {"decay": "channel"}, (peers.fla_kda,)),
-    Case("RWKV-7", "dplr_delta_rule", {"heads": 12, "key": 64, "value": 64}, (peers.fla_dplr,)),
-)
-
-
-def medians(sides: Mapping[str, Callable[[], object]], rounds: int, patience: float = torch.inf) -> dict[str, float]:
-    """Median seconds of each side, all sides once a round after two to warm caches up; a slow side fewer times."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds + 2):
-        for name, run in sides.items():
-            if sum(seconds[name]) > patience:
-                continue
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(times[2:] or times) for name, times in seconds.items()}
-
-
-def draw(case: Case, length: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The operator's own example at the case's sizes, batch 1, without a state; minGRU's ranges in its scan."""
-    example = importlib.import_module(f"seqzoo.kernels.{case.operator}.reference").example
-    inputs = example(batch=1, time=length, dtype=dtype, **case.sizes)
-    inputs = {name: x for name, x in inputs.items() if name != "state"}
-    if case.operator == "linear_scan":
-        inputs |= {"a": inputs["a"].clamp(0.01, 0.99), "b": inputs["b"].abs()}
-    return inputs
-
-
-def operator_of(case: Case, backend: str = "auto") -> Callable[..., Any]:
-    operator = getattr(importlib.import_module(f"seqzoo.kernels.{case.operator}"), case.operator)
-    return functools.partial(operator, backend=backend)
-
-
-def forward(run: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[[], object]:
-    def once() -> object:
-        with torch.no_grad():
-            return run(**inputs)
-
-    return once
-
-
-def forward_and_backward(run: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[[], object]:
-    inputs = {name: x.detach().requires_grad_() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    learned = [x for x in inputs.values() if isinstance(x, Tensor)]
-
-    def once() -> object:
-        y = run(**inputs)
-        y = y if isinstance(y, Tensor) else y[0]
-        return torch.autograd.grad(y, learned, torch.ones_like(y), allow_unused=True)
-
-    return once
-
-
-def work(case: Case, inputs: Mapping[str, Any]) -> tuple[float, float]:
-    """Floating-point operations and bytes of forward and backward: what binds an operator however it is written.
-
-    A matrix-state operator is counted in chunks of 64, the backward as twice the forward; each input, output and
-    gradient passes through memory once.
-    """
-    batch, length = next(x.shape[:2] for x in inputs.values() if isinstance(x, Tensor))
-    moved = 2 * sum(x.nbytes for x in inputs.values() if isinstance(x, Tensor))
-    sizes = case.sizes
-    if "key" in sizes:
-        key, value, heads = sizes["key"], sizes["value"], sizes["heads"]
-        within, across = {
-            "gated_delta_rule": (3 * key + 2 * value, 6 * key * value),
-            "dplr_delta_rule": (6 * key + 4 * value, 8 * key * value),
-        }.get(case.operator, (key + value, 4 * key * value))
-        operations = heads * (CHUNK * within + across)
-        out = inputs["v"].nbytes
-    else:
-        taps = sizes.get("size", 4)
-        operations, out = 8 * taps * sizes["channels"], next(iter(inputs.values())).nbytes
-    return 3 * operations * batch * length, moved + 2 * out
 
 
 def machine_rates() -> dict[str, float]:
@@ -245,33 +130,19 @@ def one_step(console: Console) -> None:
     console.print(table)
 
 
-def _resident(kind: str) -> int:
-    """Bytes of this process in memory: now (``VmRSS``), or the most since the mark was reset (``VmHWM``)."""
-    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
-
-
-def _peak(case: Case, name: str, length: int, dtype: torch.dtype, threads: int, answer: Any) -> None:
+def _peak(case: Case, name: str, length: int, dtype: torch.dtype, threads: int) -> tuple[float, float]:
     torch.set_num_threads(threads)
     run = {"seqzoo": operator_of(case)}.get(name) or getattr(peers, name)
     forward_and_backward(run, draw(case, 128, dtype))()
     once = forward_and_backward(run, draw(case, length, dtype))
-    Path("/proc/self/clear_refs").write_text("5")  # resets the mark
-    before, begin = _resident("VmRSS"), time.perf_counter()
+    before, begin = reset_peak(), time.perf_counter()
     once()
-    answer.put((time.perf_counter() - begin, _resident("VmHWM") - before))
+    return time.perf_counter() - begin, resident("VmHWM") - before
 
 
 def peak(case: Case, name: str, length: int, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
     """Seconds and additional peak bytes of one forward and backward, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    child = context.Process(target=_peak, args=(case, name, length, dtype, torch.get_num_threads(), answer))
-    child.start()
-    result = answer.get()
-    child.join()
-    return result
+    return in_own_process(_peak, case, name, length, dtype, torch.get_num_threads())
 
 
 def over_lengths(console: Console, only: Sequence[str] = ()) -> None:
@@ -343,24 +214,31 @@ PARTS: dict[str, Callable[..., None]] = {
     "steps": one_step,
     "peers": compare_with_peers,
     "lengths": over_lengths,
+    "layers": layers,
+    "shares": shares,
+    "costs": costs,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--only", action="append", default=[], help="part of an operator's name in peers and lengths")
-    arguments = parser.parse_args()
-    chosen = arguments.parts or list(PARTS)
+    parser.add_argument("--only", action="append", default=[], help="part of the names of the operators or layers")
+    parser.add_argument("--length", type=int, default=4096, help="tokens in peers, layers and shares")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that layers, shares and costs write to")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a point of costs may take")
+    arguments = vars(parser.parse_args())
+    chosen = arguments.pop("parts") or list(PARTS)
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     torch.set_num_threads(THREADS)
     console = Console(width=max(Console().width, 170))
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for part in chosen:
-        console.print(f"\n[bold]{(PARTS[part].__doc__ or '').strip()}[/bold]")
-        narrowed = {"only": arguments.only} if part in ("peers", "lengths") else {}
-        PARTS[part](console, **narrowed)
+        run = PARTS[part]
+        console.print(f"\n[bold]{(run.__doc__ or '').strip()}[/bold]")
+        settings = arguments.keys() & inspect.signature(run).parameters
+        run(console, **{name: arguments[name] for name in settings})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench import CASES, Case, draw, forward, forward_and_backward, operator_of, work
+from operator_cases import CASES, Case, draw, operator_of, work
+from timing import forward, forward_and_backward
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 

@@ -6,14 +6,13 @@ With ``--check`` nothing is written, and a stale file is an error.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
+from results import ROOT, filled
+
 from seqzoo.commands import cite
 from seqzoo.layers import FAMILIES
-
-ROOT = Path(__file__).parent.parent
 
 
 def table() -> str:
@@ -38,12 +37,7 @@ def page() -> str:
 def written() -> dict[Path, str]:
     """What each file should hold."""
     readme = ROOT / "README.md"
-    begin, end = "<!-- layers: scripts/list_layers.py -->", "<!-- end -->"
-    text, found = re.subn(
-        f"{begin}.*?{end}", lambda _: f"{begin}\n{table()}\n{end}", readme.read_text(), flags=re.DOTALL
-    )
-    if found != 1:
-        raise ValueError(f"{readme} has {found} places for the table, {begin} ... {end}; expected 1")
+    text = filled(readme, "layers: scripts/list_layers.py", table())
     return {readme: text, ROOT / "docs" / "layers.md": page()}
 
 

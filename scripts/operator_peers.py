@@ -18,7 +18,7 @@ from torch import Tensor
 GPU_PACKAGES = ("mamba_ssm", "causal_conv1d", "fla")
 
 
-def _transformers(family: str) -> Any:
+def transformers_file(family: str) -> Any:
     """transformers' file for ``family``, GPU packages hidden: its functions stand aside for those that import."""
     present = {name: sys.modules.get(name) for name in GPU_PACKAGES}
     sys.modules.update(dict.fromkeys(GPU_PACKAGES))
@@ -41,7 +41,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def transformers_gated_delta_rule(q, k, v, log_decay, beta):
-    run = _plain(_transformers("qwen3_next").torch_chunk_gated_delta_rule)
+    run = _plain(transformers_file("qwen3_next").torch_chunk_gated_delta_rule)
     return run(query=q * q.shape[-1] ** 0.5, key=k, value=v, g=log_decay, beta=beta)[0]
 
 
@@ -93,7 +93,7 @@ def fla_dplr(q, k, v, a, b, log_decay):
 
 def transformers_mamba2(q, k, v, log_decay):
     """With A = -1 and dt = -log_decay; x is v / dt, since dt x is what it writes."""
-    run = _plain(_transformers("mamba2").mamba2_chunk_scan)
+    run = _plain(transformers_file("mamba2").mamba2_chunk_scan)
     return run(v / -log_decay[..., None], -log_decay, -torch.ones(v.shape[2]), k, q, chunk_size=64)
 
 
@@ -113,7 +113,7 @@ def mingru_scan(a, b):
 
 
 def transformers_rglru(a, b):
-    layer = _transformers("recurrent_gemma").RecurrentGemmaRglru
+    layer = transformers_file("recurrent_gemma").RecurrentGemmaRglru
     reset = torch.zeros(*b.shape[:2], 1, dtype=torch.bool)
     wide = torch.promote_types(b.dtype, torch.float32)  # its default was bound when the file was imported
     return layer._rnn_scan(None, b, a, reset, None, acc_dtype=wide)[0]

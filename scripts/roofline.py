@@ -1,7 +1,7 @@
 """The least time that operators can take on a GPU, as a Markdown table: `python scripts/roofline.py [--gpu H100]`.
 
 Operations are those of the chunked form in chunks of 64, bytes those of each input, output and gradient once: see
-`work` in `bench.py`. Whichever of the two takes longer is the bound; no kernel can be faster.
+`work` in `operator_cases.py`. Whichever of the two takes longer is the bound; no kernel can be faster.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from bench import CASES, draw, work
+from operator_cases import CASES, draw, work
 
 # Dense bfloat16 operations a second and bytes a second, from the data sheets.
 GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "B200": (2250e12, 8.0e12)}

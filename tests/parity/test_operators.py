@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench import CASES, draw, operator_of
+from operator_cases import CASES, draw, operator_of
 from peers import widened
 
 # Smaller heads; times that every peer's chunks divide.

@@ -1,0 +1,59 @@
+"""The benchmarks of layers: what they cover, and what is made of their measurements."""
+
+from __future__ import annotations
+
+import cost_bench
+import layer_bench
+import pytest
+import results
+import share_bench
+import torch
+from layer_cases import CASES, module_side
+
+from seqzoo.layers import FAMILIES
+
+
+def test_every_mixer_of_the_catalogue_is_timed():
+    mixers = {layer.__name__ for family, kinds in FAMILIES.items() if family != "feed-forward" for layer in kinds}
+    assert {case.name for case in CASES} == mixers
+    drawn = [family for families in cost_bench.PANELS.values() for family in families]
+    assert {*drawn, "attention", "feed-forward"} == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", ["Mamba2", "GatedDeltaNet", "S4D"])
+def test_shares_are_of_the_whole(name):
+    layer = next(case for case in CASES if case.name == name).build(64)
+    with share_bench.marked(layer):
+        both = module_side(layer, 64, torch.float32).both
+        both()
+        spent = share_bench.split_time(both)
+    assert sum(spent.values()) == pytest.approx(1, abs=0.05)
+    assert spent["operator"] > 0 and spent["products"] > 0 and spent["rest"] > 0
+    assert (spent["convolution"] > 0) == ("short_conv" in layer.operators)
+
+
+def test_verdicts_and_tables():
+    case = next(case for case in CASES if case.name == "Mamba2")
+    times = {"seqzoo": [1.0, 2.0], "a_peer": [1.5, 3.5], "b_peer": [0.9, 9.0], layer_bench.SOFTMAX: [0.1, 4.0]}
+    assert layer_bench.best_peer(times, 1) == ("a_peer", 1.75)
+    assert layer_bench.verdict(case, times, "float32") == "1.7x: forward missed"
+    assert layer_bench.verdict(case, times | {"b_peer": [1.0, 9.0]}, "float32") == "1.7x: met"
+    kept = {"Mamba2": {"float32": times, "bfloat16": {name: times[name] for name in ("seqzoo", layer_bench.SOFTMAX)}}}
+    assert "| `Mamba2` | 2000 | 1.8 (a) | 2.0 | 2000 |  | 2.0 |" in layer_bench.summary(kept)
+    assert "b_peer" in layer_bench.details(kept)
+
+
+def test_the_picture_and_table_of_costs(tmp_path):
+    points = {str(n): {"seconds": 1e-4 * n, "bytes": 1e5 * n} for n in cost_bench.LENGTHS}
+    measured = {case.title: points for case in CASES} | {"Attention": {"4096": {"seconds": 1.0, "bytes": 1e6}}}
+    cost_bench.draw(measured, tmp_path / "costs.png")
+    assert (tmp_path / "costs.png").stat().st_size > 10_000
+    assert "| Mamba2 | 410 | 2.4 | 391 MiB | 6554 |  | 6.1 GiB |" in cost_bench.table(measured)
+
+
+def test_text_between_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- b -->\nold\n<!-- end -->\nc\n<!-- d -->\n<!-- end -->\n")
+    assert results.filled(page, "b", "new") == "a\n<!-- b -->\nnew\n<!-- end -->\nc\n<!-- d -->\n<!-- end -->\n"
+    with pytest.raises(ValueError, match="0 places"):
+        results.filled(page, "e", "new")
