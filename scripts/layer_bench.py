@@ -20,14 +20,15 @@ SOFTMAX = layer_peers.softmax_sdpa.__name__
 
 
 def patient(make: Callable[[int, torch.dtype], Side], length: int, dtype: torch.dtype) -> bool:
-    """Whether a round of ``length`` tokens stays within the patience, as a shorter one says if time is linear."""
-    short = length // 16
-    side = make(short, dtype)
-    for _ in range(2):  # the first warms up
+    """Whether one run of ``length`` tokens stays within the patience, as shorter ones say if time grows by a line."""
+    make(length // 16, dtype).both()  # warms up
+    for part in (16, 4):
+        side = make(length // part, dtype)
         begin = time.perf_counter()
         side.both()
-        seconds = time.perf_counter() - begin
-    return seconds * length / short < PATIENCE
+        if (time.perf_counter() - begin) * part > PATIENCE:
+            return False
+    return True
 
 
 def measure(case: LayerCase, length: int, dtype: torch.dtype, console: Console) -> dict[str, list[float]]:
@@ -98,6 +99,10 @@ def layers(console: Console, length: int = 4096, only: Sequence[str] = (), resul
     fill(results, "docs/speed.md", "times: scripts/bench.py layers", details(kept))
 
 
+def _measured(kept: Mapping[str, Any]) -> list[LayerCase]:
+    return [case for case in CASES if kept.get(case.title, {}).keys() >= DTYPES.keys()]
+
+
 def _owner(side: str) -> str:
     return side.split("_")[0] + ("'s operator alone" if side.endswith("alone") else "")
 
@@ -108,9 +113,7 @@ def summary(kept: Mapping[str, Any]) -> str:
     for name in DTYPES:
         header += [f"ms, {name}", "best peer / ours", "SDPA / ours"]
     rows = []
-    for case in CASES:
-        if case.title not in kept:
-            continue
+    for case in _measured(kept):
         row = [f"`{case.name}`" + (f", {case.variant}" if case.variant else "")]
         for name in DTYPES:
             times = kept[case.title][name]
@@ -128,9 +131,7 @@ def details(kept: Mapping[str, Any]) -> str:
     for name in DTYPES:
         header += [f"ms forward, {name}", "both", "over ours", "target"]
     rows = []
-    for case in CASES:
-        if case.title not in kept:
-            continue
+    for case in _measured(kept):
         both = kept[case.title]
         for side in dict.fromkeys(side for times in both.values() for side in times):
             row = [case.title if side == "seqzoo" else "", side]

@@ -107,7 +107,7 @@ def shares(console: Console, length: int = 4096, only: Sequence[str] = (), resul
             table.add_row(case.title, name, *_cells(measured))
     console.print(table)
     kept = read(path)
-    titles = [case.title for case in CASES if case.title in kept]
+    titles = [case.title for case in CASES if kept.get(case.title, {}).keys() >= DTYPES.keys()]
     rows = [[title, name, *_cells(kept[title][name])] for title in titles for name in DTYPES]
     fill(results, "docs/speed.md", "shares: scripts/bench.py shares", markdown(header, rows))
 
