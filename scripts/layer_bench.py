@@ -21,12 +21,13 @@ SOFTMAX = layer_peers.softmax_sdpa.__name__
 
 def patient(make: Callable[[int, torch.dtype], Side], length: int, dtype: torch.dtype) -> bool:
     """Whether one run of ``length`` tokens stays within the patience, as shorter ones say if time grows by a line."""
-    make(length // 16, dtype).both()  # warms up
-    for part in (16, 4):
-        side = make(length // part, dtype)
+    shorts = [max(64, length // part) for part in (16, 4)]  # some peers take whole chunks of 64 only
+    make(shorts[0], dtype).both()  # warms up
+    for short in shorts:
+        side = make(short, dtype)
         begin = time.perf_counter()
         side.both()
-        if (time.perf_counter() - begin) * part > PATIENCE:
+        if (time.perf_counter() - begin) * length / short > PATIENCE:
             return False
     return True
 
