@@ -121,13 +121,14 @@ def draw(measured: Costs, path: Path) -> None:
     """Time a token above, peak memory below; a column for each kind of layer, all others behind it in grey."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(13, 9), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle("Forward and backward, width 768, batch 1", x=0.01, ha="left", weight="bold", size=14, color=INK)
     note = f"float32, two CPU threads, torch {torch.__version__.split('+')[0]}; grey: the layers of the other columns"
     figure.supxlabel(note, x=0.01, ha="left", size=10, color=FAINT)
-    grid = figure.subplots(2, len(PANELS), sharex=True, sharey="row")
+    grid = figure.subplots(2, len(PANELS), sharex=True, sharey="row", height_ratios=(3, 2))
     rows = (("seconds", "microseconds a token"), ("bytes", "peak memory"))
     for column, (title, families) in enumerate(PANELS.items()):
         members = [layer.__name__ for family in families for layer in FAMILIES[family] if layer.__name__ in measured]
@@ -147,9 +148,10 @@ def draw(measured: Costs, path: Path) -> None:
             set_log_axis(axes, "x", tokens_text, 9)
             axes.set_xticks(LENGTHS)
             if row:
-                set_log_axis(axes, "y", bytes_text, 12)
+                set_log_axis(axes, "y", bytes_text, 8)
             else:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
             axes.minorticks_off()
         handles, names = grid[1, column].get_legend_handles_labels()
