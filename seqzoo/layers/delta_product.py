@@ -8,7 +8,6 @@ biases of the convolution.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -85,7 +84,7 @@ class DeltaProduct(Mixer):
         self.step = nn.Linear(dim, num_heads, bias=False) if use_decay else None
         self.decay = SoftplusDecay(num_heads, rate_range=(0.01, 16.0)) if use_decay else None
         self.write = nn.Linear(dim, steps * num_heads, bias=False)
-        self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps)
+        self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps, backend=backend)
         self.gate = nn.Linear(dim, width, bias=False) if use_gate else None
         self.out = nn.Linear(width, dim, bias=False)
 
@@ -101,9 +100,7 @@ class DeltaProduct(Mixer):
             _, log_decay = self.decay(self.step(x))
         beta = self.strongest * rearrange(self.write(x).sigmoid(), "b t (n h) -> b t n h", n=self.steps)
         y, memory = gated_delta_product(q, k, v, log_decay, beta, state and state.memory, starts, backend=self.backend)
-        y = rearrange(self.norm(y), "b t h d -> b t (h d)")
-        if self.gate is not None:
-            y = y * F.silu(self.gate(x))
+        y = self.norm(rearrange(y, "b t h d -> b t (h d)"), None if self.gate is None else self.gate(x))
         return self.out(y), DeltaRuleState(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

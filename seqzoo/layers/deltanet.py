@@ -7,7 +7,6 @@ other norms than the Euclidean one on queries and keys, writes of full strength,
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -62,7 +61,7 @@ class DeltaNet(Mixer):
         width = num_heads * self.qkv.value_dim
         self.strongest, self.backend = 2 if negative_eigenvalues else 1, backend
         self.write = nn.Linear(dim, num_heads, bias=False)
-        self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps)
+        self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps, backend=backend)
         self.gate = nn.Linear(dim, width, bias=False) if use_gate else None
         self.out = nn.Linear(width, dim, bias=False)
 
@@ -75,9 +74,7 @@ class DeltaNet(Mixer):
         q, k, v, conv = self.qkv(x, state and state.conv, starts)
         beta = self.strongest * self.write(x).sigmoid()
         y, memory = gated_delta_rule(q, k, v, None, beta, state and state.memory, starts, backend=self.backend)
-        y = rearrange(self.norm(y), "b t h d -> b t (h d)")
-        if self.gate is not None:
-            y = y * F.silu(self.gate(x))
+        y = self.norm(rearrange(y, "b t h d -> b t (h d)"), None if self.gate is None else self.gate(x))
         return self.out(y), DeltaRuleState(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

@@ -8,7 +8,6 @@ rate starts in (0.01, 16), not (0, 16), whose lower end is a logarithm of zero. 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -77,7 +76,7 @@ class GatedDeltaNet(Mixer):
         self.step = nn.Linear(dim, num_heads, bias=False)
         self.decay = SoftplusDecay(num_heads, rate_range=(0.01, 16.0))
         self.write = nn.Linear(dim, num_heads, bias=False)
-        self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps)
+        self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps, backend=backend)
         self.gate = nn.Linear(dim, width, bias=False) if use_gate else None
         self.out = nn.Linear(width, dim, bias=False)
 
@@ -91,9 +90,7 @@ class GatedDeltaNet(Mixer):
         _, log_decay = self.decay(self.step(x))
         beta = self.strongest * self.write(x).sigmoid()
         y, memory = gated_delta_rule(q, k, v, log_decay, beta, state and state.memory, starts, backend=self.backend)
-        y = rearrange(self.norm(y), "b t h d -> b t (h d)")
-        if self.gate is not None:
-            y = y * F.silu(self.gate(x))
+        y = self.norm(rearrange(y, "b t h d -> b t (h d)"), None if self.gate is None else self.gate(x))
         return self.out(y), DeltaRuleState(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from seqzoo.parts.delta_rule import DeltaRuleState, QueryKeyValue
 from seqzoo.parts.low_rank import LowRank
 from seqzoo.parts.norm import GroupRMSNorm
 
-ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
+ACTIVATIONS = ("silu", "sigmoid")
 
 
 class GatedDeltaNet2(Mixer):
@@ -74,9 +73,8 @@ class GatedDeltaNet2(Mixer):
         self.decay = ChannelDecay(num_heads, self.qkv.key_dim)
         self.erase = nn.Linear(dim, keys, bias=False)
         self.write = nn.Linear(dim, values, bias=False)
-        self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps)
+        self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps, activation=gate, backend=backend)
         self.gate = LowRank(dim, rank, values, bias=True)
-        self.activation = ACTIVATIONS[gate]
         self.out = nn.Linear(values, dim, bias=False)
         self._draw()
 
@@ -107,7 +105,7 @@ class GatedDeltaNet2(Mixer):
         y, memory = dplr_delta_rule(
             q, k, write * v, read, -k, log_decay, state and state.memory, starts, backend=self.backend
         )
-        y = rearrange(self.norm(y), "b t h d -> b t (h d)") * self.activation(self.gate(x))
+        y = self.norm(rearrange(y, "b t h d -> b t (h d)"), self.gate(x))
         return self.out(y), DeltaRuleState(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

@@ -76,7 +76,7 @@ class GatedLinearAttention(Mixer):
         self.widths = [num_heads * key] * 2 + [num_heads * value] * 2
         self.projection = nn.Linear(dim, sum(self.widths), bias=False)
         self.decay = nn.Sequential(nn.Linear(dim, decay_rank, bias=False), nn.Linear(decay_rank, num_heads * key))
-        self.norm = GroupRMSNorm(value, eps=norm_eps)
+        self.norm = GroupRMSNorm(value, eps=norm_eps, backend=backend)
         self.out = nn.Linear(num_heads * value, dim, bias=False)
         self._draw()
 
@@ -102,7 +102,7 @@ class GatedLinearAttention(Mixer):
         q, k, v, log_decay = (rearrange(z, "b t (h d) -> b t h d", h=self.num_heads) for z in (q, k, v, log_decay))
         q = q * self.key_dim**-0.5
         y, memory = gated_linear_attention(q, k, v, log_decay, state and state.memory, starts, backend=self.backend)
-        y = rearrange(self.norm(y), "b t h d -> b t (h d)") * F.silu(gate)
+        y = self.norm(rearrange(y, "b t h d -> b t (h d)"), gate)
         return self.out(y), GatedLinearAttentionState(memory)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

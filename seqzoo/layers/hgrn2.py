@@ -66,7 +66,7 @@ class HGRN2(Mixer):
             raise ValueError(f"lower_bound={lower_bound}: expected 0 or more, and less than 1")
         self.dim, self.head_dim, self.lower_bound, self.backend = dim, head_dim, lower_bound, backend
         self.projection = nn.Linear(dim, 3 * dim, bias=False)
-        self.norm = GroupRMSNorm(dim, eps=norm_eps)
+        self.norm = GroupRMSNorm(dim, eps=norm_eps, backend=backend)
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(

@@ -67,7 +67,7 @@ class KimiDeltaAttention(Mixer):
         self.step = LowRank(dim, rank, keys)
         self.decay = ChannelDecay(num_heads, self.qkv.key_dim, lower_bound=lower_bound)
         self.write = nn.Linear(dim, num_heads, bias=False)
-        self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps)
+        self.norm = GroupRMSNorm(self.qkv.value_dim, eps=norm_eps, activation="sigmoid", backend=backend)
         self.gate = LowRank(dim, rank, values)
         self.out = nn.Linear(values, dim, bias=False)
 
@@ -81,7 +81,7 @@ class KimiDeltaAttention(Mixer):
         log_decay = self.decay(self.step(x))
         beta = self.strongest * self.write(x).sigmoid()
         y, memory = gated_delta_rule(q, k, v, log_decay, beta, state and state.memory, starts, backend=self.backend)
-        y = rearrange(self.norm(y), "b t h d -> b t (h d)") * self.gate(x).sigmoid()
+        y = self.norm(rearrange(y, "b t h d -> b t (h d)"), self.gate(x))
         return self.out(y), DeltaRuleState(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

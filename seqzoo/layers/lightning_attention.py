@@ -74,7 +74,7 @@ class LightningAttention(Mixer):
         width = num_heads * head_dim
         self.projection = nn.Linear(dim, 3 * width, bias=False)
         self.gate = nn.Linear(dim, width, bias=False)
-        self.norm = GroupRMSNorm(width, eps=norm_eps)
+        self.norm = GroupRMSNorm(width, eps=norm_eps, activation="sigmoid", backend=backend)
         self.out = nn.Linear(width, dim, bias=False)
 
     def forward(
@@ -87,7 +87,7 @@ class LightningAttention(Mixer):
         head = torch.arange(1, self.num_heads + 1, device=x.device, dtype=torch.promote_types(q.dtype, torch.float32))
         log_decay = (-self.strength * 2.0 ** (-8 * head / self.num_heads)).expand(*x.shape[:2], -1)
         y, memory = gated_linear_attention(q, k, v, log_decay, state and state.memory, starts, backend=self.backend)
-        y = self.norm(rearrange(y, "b t h d -> b t (h d)")) * self.gate(x).sigmoid()
+        y = self.norm(rearrange(y, "b t h d -> b t (h d)"), self.gate(x))
         return self.out(y), LightningAttentionState(memory)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

@@ -80,7 +80,9 @@ class Mamba(Mixer):
         self.step_write_read = nn.Linear(inner, sum(self.sizes), bias=False)
         normed = [] if parameter_norm == "none" else self.sizes
         learned = parameter_norm == "learned"
-        self.norms = nn.ModuleList(GroupRMSNorm(size, eps=norm_eps, learned=learned) for size in normed)
+        self.norms = nn.ModuleList(
+            GroupRMSNorm(size, eps=norm_eps, learned=learned, backend=backend) for size in normed
+        )
         self.step = nn.Linear(step_rank, inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(inner))
         self.A_log = nn.Parameter(torch.empty(inner, state_size))

@@ -84,13 +84,16 @@ class Mamba2(Mixer):
         if norm not in get_args(Norm):
             raise ValueError(f"norm={norm!r}: use 'after_gate', 'before_gate' or 'none'")
         self.num_heads, self.head_dim, self.num_groups, self.rows = num_heads, head_dim, num_groups, state_size
-        self.norm_first, self.backend = norm == "before_gate", backend
+        self.backend = backend
         self.widths = [inner, num_groups * state_size, num_groups * state_size]
         self.projection = nn.Linear(dim, inner + sum(self.widths) + num_heads, bias=False)
         self.conv = CausalConv(sum(self.widths), conv_size, bias=True, activation="silu", backend=backend)
         self.decay = SoftplusDecay(num_heads, rate_range=(1.0, 16.0), step_limit=step_limit)
         self.skip = nn.Parameter(torch.empty(inner if skip_per_channel else num_heads))
-        self.norm = nn.Identity() if norm == "none" else GroupRMSNorm(inner, groups=num_groups, eps=norm_eps)
+        self.norm = None
+        if norm != "none":
+            first = norm == "after_gate"
+            self.norm = GroupRMSNorm(inner, groups=num_groups, eps=norm_eps, gate_first=first, backend=backend)
         self.out = nn.Linear(inner, dim, bias=False)
         nn.init.ones_(self.skip)
 
@@ -114,8 +117,8 @@ class Mamba2(Mixer):
             c, b, u * step[..., None].to(u.dtype), log_decay, state and state.memory, starts, backend=self.backend
         )
         y = y + self.skip.view(self.num_heads, -1).to(u.dtype) * u
-        y, gate = rearrange(y, "b t h p -> b t (h p)"), F.silu(z)
-        y = self.norm(y) * gate if self.norm_first else self.norm(y * gate)
+        y = rearrange(y, "b t h p -> b t (h p)")
+        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
         return self.out(y), Mamba2State(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

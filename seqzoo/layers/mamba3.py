@@ -102,13 +102,13 @@ class Mamba3(Mixer):
         self.num_heads, self.rate, self.backend = num_heads, rate, backend
         self.widths = [inner, inner, num_groups * state_size, num_groups * state_size, *[num_heads] * 3, pairs]
         self.projection = nn.Linear(dim, sum(self.widths), bias=False)
-        self.write_norm = GroupRMSNorm(state_size, eps=norm_eps)
-        self.read_norm = GroupRMSNorm(state_size, eps=norm_eps)
+        self.write_norm = GroupRMSNorm(state_size, eps=norm_eps, backend=backend)
+        self.read_norm = GroupRMSNorm(state_size, eps=norm_eps, backend=backend)
         self.write_bias = nn.Parameter(torch.empty(num_heads, state_size))
         self.read_bias = nn.Parameter(torch.empty(num_heads, state_size))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.skip = nn.Parameter(torch.empty(num_heads))
-        self.norm = GroupRMSNorm(inner, groups=num_heads, eps=norm_eps) if use_norm else nn.Identity()
+        self.norm = GroupRMSNorm(inner, groups=num_heads, eps=norm_eps, backend=backend) if use_norm else None
         self.out = nn.Linear(inner, dim, bias=False)
         self._draw()
 
@@ -159,7 +159,8 @@ class Mamba3(Mixer):
         )
         memory = memory + (now[:, -1, :, None] * k[:, -1])[..., None] * u[:, -1, :, None].to(wide)
         y = y + (own + self.skip.to(wide))[..., None].to(u.dtype) * u
-        y = self.norm(rearrange(y, "b t h p -> b t (h p)")) * F.silu(z)
+        y = rearrange(y, "b t h p -> b t (h p)")
+        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
         last = (part[:, -1].clone() for part in (angle, k.to(u.dtype), u))
         return self.out(y), Mamba3State(memory, *last)
 
@@ -168,7 +169,7 @@ class Mamba3(Mixer):
 
     def _per_head(self, x: Tensor, norm: nn.Module, bias: Tensor) -> Tensor:
         """B or C normalised, for each head with its bias, in float32 or better."""
-        groups = norm(x.unflatten(-1, (-1, bias.shape[1]))).to(torch.promote_types(x.dtype, torch.float32))
+        groups = norm(x).unflatten(-1, (-1, bias.shape[1])).to(torch.promote_types(x.dtype, torch.float32))
         return groups.repeat_interleave(self.num_heads // groups.shape[2], 2) + bias.to(groups.dtype)
 
     def _accumulate(self, turns: Tensor, angle: Tensor | None, starts: Tensor | None) -> Tensor:

@@ -67,7 +67,7 @@ class MLSTM(Mixer):
         self.widths = [keys, keys, values, values]
         self.projection = nn.Linear(dim, sum(self.widths), bias=False)
         self.gates = nn.Linear(dim, 2 * num_heads)
-        self.norm = GroupLayerNorm(values, groups=num_heads, eps=norm_eps)
+        self.norm = GroupLayerNorm(values, groups=num_heads, eps=norm_eps, activation="sigmoid", backend=backend)
         self.out = nn.Linear(values, dim, bias=False)
         self._draw()
 
@@ -95,8 +95,7 @@ class MLSTM(Mixer):
         input_gate, forget = (self.gate_soft_cap * (gates / self.gate_soft_cap).tanh()).chunk(2, -1)
         q, log_forget = q * self.key_dim**-0.5, F.logsigmoid(forget)
         h, state = mlstm(q, k, v, input_gate, log_forget, state, starts, backend=self.backend)
-        h = self.norm(rearrange(h, "b t h d -> b t (h d)"))
-        return self.out(o.sigmoid() * h), state
+        return self.out(self.norm(rearrange(h, "b t h d -> b t (h d)"), o)), state
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         wide = torch.promote_types(dtype, torch.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -71,7 +70,7 @@ class RetNet(Mixer):
         self.num_heads, self.key_dim, self.value_dim, self.backend = num_heads, key, value, backend
         self.widths = [num_heads * key] * 2 + [num_heads * value] * 2
         self.projection = nn.Linear(dim, sum(self.widths), bias=False)
-        self.norm = GroupRMSNorm(value, eps=norm_eps, learned=False)
+        self.norm = GroupRMSNorm(value, eps=norm_eps, learned=False, backend=backend)
         self.out = nn.Linear(num_heads * value, dim, bias=False)
         self._draw()
 
@@ -99,7 +98,7 @@ class RetNet(Mixer):
         log_decay = torch.log1p(-(2.0 ** (-5 - head))).expand(*x.shape[:2], -1)
         k = k * self.key_dim**-0.5
         y, memory = gated_linear_attention(q, k, v, log_decay, state and state.memory, starts, backend=self.backend)
-        y = rearrange(self.norm(y), "b t h d -> b t (h d)") * F.silu(gate)
+        y = self.norm(rearrange(y, "b t h d -> b t (h d)"), gate)
         return self.out(y), RetNetState(memory, positions[:, -1].expand(len(x)) + 1)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

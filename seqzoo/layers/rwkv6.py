@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -83,7 +82,7 @@ class RWKV6(Mixer):
         self.bonus = nn.Parameter(torch.empty(dim // head_dim, head_dim))
         self.key, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.receptance, self.gate = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.norm = GroupLayerNorm(dim, groups=dim // head_dim, eps=norm_eps, bias=True)
+        self.norm = GroupLayerNorm(dim, groups=dim // head_dim, eps=norm_eps, bias=True, backend=backend)
         self.out = nn.Linear(dim, dim, bias=False)
         self._draw()
 
@@ -129,7 +128,7 @@ class RWKV6(Mixer):
         y, memory = gated_linear_attention(
             r, k, v, log_decay, state and state.memory, starts, bonus=self.bonus, backend=self.backend
         )
-        y = self.norm(rearrange(y, "b t h d -> b t (h d)")) * F.silu(self.gate(xg))
+        y = self.norm(rearrange(y, "b t h d -> b t (h d)"), self.gate(xg))
         return self.out(y), RWKV6State(memory, last)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

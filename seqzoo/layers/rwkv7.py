@@ -112,7 +112,7 @@ class RWKV7(Mixer):
         self.bonus = nn.Parameter(torch.empty(dim // head_dim, head_dim))
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.key, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.norm = GroupLayerNorm(dim, groups=dim // head_dim, eps=norm_eps, bias=True)
+        self.norm = GroupLayerNorm(dim, groups=dim // head_dim, eps=norm_eps, bias=True, backend=backend)
         self.out = nn.Linear(dim, dim, bias=False)
         self._draw()
 

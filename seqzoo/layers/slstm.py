@@ -78,12 +78,12 @@ class SLSTM(Mixer):
         self.gates = nn.Parameter(torch.empty(4, num_heads, size, size))
         self.recurrent = nn.Parameter(torch.empty(num_heads, size, 4 * size))
         self.bias = nn.Parameter(torch.empty(4 * dim))
-        self.norm = GroupLayerNorm(dim, groups=num_heads, eps=norm_eps)
+        self.norm = GroupLayerNorm(dim, groups=num_heads, eps=norm_eps, backend=backend)
         self._draw()
 
     @torch.no_grad()
     def _draw(self) -> None:
-        dim, size = len(self.norm.weight), self.gates.shape[-1]
+        dim, size = self.norm.dim, self.gates.shape[-1]
         nn.init.normal_(self.gates, std=(2 / (5 * dim)) ** 0.5)
         nn.init.zeros_(self.recurrent)
         nn.init.zeros_(self.bias)
@@ -144,4 +144,4 @@ class SLSTM(Mixer):
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         wide = torch.promote_types(dtype, torch.float32)
-        return 4 * len(self.norm.weight) * wide.itemsize + self.conv.state_bytes(dtype)
+        return 4 * self.norm.dim * wide.itemsize + self.conv.state_bytes(dtype)

@@ -33,7 +33,7 @@ class QueryKeyValue(nn.Module):
         steps: keys and values are made this many times a token, along an axis of their own; None for once.
         key_share: the width of all keys, as a share of ``dim``, where ``key_dim`` is None.
         value_share: the size of a value, as a multiple of ``key_dim``, where ``value_dim`` is None.
-        backend: passed to the convolution.
+        backend: the layer's.
 
     Raises:
         ValueError: a size is below 1, ``num_key_heads`` does not fit, or ``dim`` is too small for ``num_heads``.
@@ -67,7 +67,7 @@ class QueryKeyValue(nn.Module):
                 f"their defaults are {key_share:g} dim/num_heads and {value_share} key_dim)"
             )
         self.num_heads, self.key_dim, self.value_dim, self.steps = num_heads, key_dim, value_dim, steps
-        self.num_key_heads = num_key_heads
+        self.num_key_heads, self.backend = num_key_heads, backend
         keys, values = num_key_heads * key_dim, num_heads * value_dim
         self.widths = [keys, (steps or 1) * keys, (steps or 1) * values]
         self.projection = nn.Linear(dim, sum(self.widths), bias=False)
@@ -94,7 +94,8 @@ class QueryKeyValue(nn.Module):
         steps = () if self.steps is None else (self.steps,)
         q, k = q.unflatten(-1, (-1, self.key_dim)), k.unflatten(-1, (*steps, -1, self.key_dim))
         v = v.unflatten(-1, (*steps, -1, self.value_dim))
-        return l2_normalize(q) * self.key_dim**-0.5, l2_normalize(k), v, last
+        q = l2_normalize(q, scale=self.key_dim**-0.5, backend=self.backend)
+        return q, l2_normalize(k, backend=self.backend), v, last
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one sequence's ``DeltaRuleState``: a memory for each head, and the convolution's."""

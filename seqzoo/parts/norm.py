@@ -3,76 +3,146 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-def l2_normalize(x: Float[Tensor, "... dim"], eps: float = 1e-6) -> Float[Tensor, "... dim"]:
-    """``x / sqrt(sum x^2 + eps)`` over the last axis, in float32 inside; ``eps`` under the root, as in DeltaNet."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+from seqzoo.kernels.gated_norm import Activation, gated_norm
 
 
-class GroupRMSNorm(nn.Module):
-    """RMS normalisation over each of ``groups`` equal parts of the last axis, then one scale a channel.
+def l2_normalize(
+    x: Float[Tensor, "*axes head size"], eps: float = 1e-6, *, scale: float = 1.0, backend: str = "auto"
+) -> Float[Tensor, "*axes head size"]:
+    """``scale * x / sqrt(sum x^2 + eps)`` over the last axis; ``eps`` under the root, as in DeltaNet."""
+    heads, size = x.shape[-2:]
+    y = gated_norm(x.flatten(-2), groups=heads, eps=eps / size, scale=scale * size**-0.5, backend=backend)
+    return y.unflatten(-1, (heads, size))
 
-    Args:
-        dim: width.
-        groups: parts that are normalised apart; must divide ``dim``.
-        eps: added to the mean square.
-        learned: whether there are scales, which are learned.
 
-    Raises:
-        ValueError: ``groups`` does not divide ``dim``.
-    """
+class _GroupNorm(nn.Module):
+    """What both norms below are: one number a channel is learned, or none, and a gate may come with the call."""
 
-    def __init__(self, dim: int, *, groups: int = 1, eps: float = 1e-5, learned: bool = True) -> None:
+    centered = False
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        groups: int,
+        eps: float,
+        learned: bool,
+        bias: bool,
+        activation: Activation,
+        gate_first: bool,
+        backend: str,
+    ) -> None:
         super().__init__()
         if groups < 1 or dim % groups:
             raise ValueError(f"groups={groups} does not divide the width {dim}")
-        self.groups, self.eps = groups, eps
+        self.dim, self.groups, self.eps = dim, groups, eps
+        self.activation: Activation = activation
+        self.gate_first, self.backend = gate_first, backend
         self.weight = nn.Parameter(torch.empty(dim)) if learned else None
+        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
-    def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
-        parts = x.unflatten(-1, (self.groups, -1))
-        y = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
-        return y if self.weight is None else y * self.weight.to(x.dtype)
+    def forward(
+        self, x: Float[Tensor, "... channel"], gate: Float[Tensor, "... channel"] | None = None
+    ) -> Float[Tensor, "... channel"]:
+        """Normalise each ``dim`` of the last axis, which may hold several: they share what is learned."""
+        return gated_norm(
+            x,
+            gate,
+            self.weight,
+            self.bias,
+            groups=x.shape[-1] // self.dim * self.groups,
+            eps=self.eps,
+            centered=self.centered,
+            activation=self.activation,
+            gate_first=self.gate_first,
+            backend=self.backend,
+        )
 
 
-class GroupLayerNorm(nn.Module):
-    """Layer normalisation over each of ``groups`` equal parts of the last axis, then one learned scale a channel.
+class GroupRMSNorm(_GroupNorm):
+    """RMS normalisation over each of ``groups`` equal parts of ``dim`` channels, then one scale a channel and a gate.
+
+    Args:
+        dim: width, or that of each of several heads side by side, which share the scales.
+        groups: parts that are normalised apart; must divide ``dim``.
+        eps: added to the mean square.
+        learned: whether there are scales, which are learned.
+        activation: of the gate.
+        gate_first: whether the gate comes before the norm.
+        backend: the layer's.
+
+    Raises:
+        ValueError: ``groups`` does not divide ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        groups: int = 1,
+        eps: float = 1e-5,
+        learned: bool = True,
+        activation: Activation = "silu",
+        gate_first: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            dim,
+            groups=groups,
+            eps=eps,
+            learned=learned,
+            bias=False,
+            activation=activation,
+            gate_first=gate_first,
+            backend=backend,
+        )
+
+
+class GroupLayerNorm(_GroupNorm):
+    """Layer normalisation over each of ``groups`` equal parts of ``dim`` channels, then one scale a channel and a gate.
 
     Args:
         dim: width.
         groups: parts that are normalised apart; must divide ``dim``.
         eps: added to the variance.
         bias: whether a constant is learned for each channel.
+        activation: of the gate.
+        backend: the layer's.
 
     Raises:
         ValueError: ``groups`` does not divide ``dim``.
     """
 
-    def __init__(self, dim: int, *, groups: int = 1, eps: float = 1e-5, bias: bool = False) -> None:
-        super().__init__()
-        if groups < 1 or dim % groups:
-            raise ValueError(f"groups={groups} does not divide the width {dim}")
-        self.groups, self.eps = groups, eps
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
-        self.reset_parameters()
+    centered = True
+    weight: nn.Parameter
 
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
-        parts = x.unflatten(-1, (self.groups, -1))
-        y = F.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        groups: int = 1,
+        eps: float = 1e-5,
+        bias: bool = False,
+        activation: Activation = "silu",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            dim,
+            groups=groups,
+            eps=eps,
+            learned=True,
+            bias=bias,
+            activation=activation,
+            gate_first=False,
+            backend=backend,
+        )

@@ -1,0 +1,109 @@
+"""The equation in C++ (native.cpp), for the CPU: one pass over memory forward, one backward that computes it again."""
+
+from __future__ import annotations
+
+import torch
+
+from seqzoo.kernels.native.tensors import DTYPES, Function, fresh
+from seqzoo.kernels.torch_operators import define, differentiable
+
+_forward = Function("gated_norm_forward")
+_backward = Function("gated_norm_backward")
+# Below this many outputs waking a second thread costs more than it saves.
+SMALL = 1 << 14
+ACTIVATIONS = {None: 0, "silu": 1, "sigmoid": 2}
+
+
+def gated_norm(x, gate, weight, bias, groups, eps, scale, centered, activation, gate_first):
+    dtype = x.dtype
+    if dtype == torch.float16:
+        x, gate = x.float(), None if gate is None else gate.float()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (None if z is None else z.to(wide) for z in (weight, bias))
+    activation = ACTIVATIONS[None if gate is None else activation]
+    return FORWARD(x, gate, weight, bias, groups, eps, scale, centered, activation, gate_first).to(dtype)
+
+
+def _rows(x):
+    """``x`` as ``[token, width]`` with any distance between tokens, copied only where it has no such form."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _settings(x, gate, weight, bias, groups, *numbers):
+    """What both functions take last: sizes, strides and numbers."""
+    tokens, width = x.shape
+    learned = next((z.numel() for z in (weight, bias) if z is not None), width)
+    size = width // groups
+    sizes = tokens, groups, size, x.stride(0), 0 if gate is None else gate.stride(0), learned // size
+    return *sizes, *numbers
+
+
+def _threads(x):
+    return torch.get_num_threads() if x.numel() > SMALL else 1
+
+
+def _addresses(*tensors):
+    # Tokens may lie apart, which a tensor that is handed over may not.
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _run(x, gate, weight, bias, groups, *numbers):
+    y = x.new_empty(x.shape)
+    fresh(y)
+    x, gate = _rows(x), None if gate is None else _rows(gate)
+    weight, bias = (None if z is None else z.contiguous() for z in (weight, bias))
+    if x.numel():
+        addresses = _addresses(x, gate, weight, bias)
+        _forward(_threads(x), DTYPES[x.dtype], *addresses, y, *_settings(x, gate, weight, bias, groups, *numbers))
+    return y
+
+
+def _fake(x, gate, weight, bias, groups, *numbers):
+    return x.new_empty(x.shape)
+
+
+def _run_backward(dy, x, gate, weight, bias, groups, *numbers):
+    given = (x, gate, weight, bias)
+    gradients = [x.new_empty(0) if z is None else z.new_empty(z.shape) for z in given]
+    fresh(*gradients[:2])
+    x, gate = _rows(x), None if gate is None else _rows(gate)
+    dy, weight, bias = (None if z is None else z.contiguous() for z in (dy, weight, bias))
+    if not x.numel():
+        return tuple(z.zero_() for z in gradients)
+    to = [0 if z is None else gradient.data_ptr() for z, gradient in zip(given, gradients, strict=True)]
+    settings = _settings(x, gate, weight, bias, groups, *numbers)
+    _backward(_threads(x), DTYPES[x.dtype], *_addresses(dy, x, gate, weight, bias), *to, *settings)
+    return tuple(gradients)
+
+
+def _fake_backward(dy, x, gate, weight, bias, groups, *numbers):
+    return tuple(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in (x, gate, weight, bias))
+
+
+_INPUTS = (
+    "Tensor x, Tensor? gate, Tensor? weight, Tensor? bias, int groups, float eps, float scale, bool centered,"
+    " int activation, bool gate_first"
+)
+FORWARD = define(f"gated_norm_native({_INPUTS}) -> Tensor", _run, _fake, device="CPU")
+BACKWARD = define(
+    f"gated_norm_native_backward(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+    device="CPU",
+)
+
+
+def _save(ctx, inputs, outputs):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
+
+
+def _gradients(ctx, dy):
+    given = ctx.saved_tensors
+    gradients = BACKWARD(dy, *given, *ctx.settings)
+    none = [None] * len(ctx.settings)
+    return *(None if z is None else gradient for z, gradient in zip(given, gradients, strict=True)), *none
+
+
+differentiable(FORWARD, _save, _gradients)

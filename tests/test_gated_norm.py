@@ -1,0 +1,141 @@
+"""Gated norms: the native kernel is the equation, with gradients, in any layout and dtype."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seqzoo.kernels import native
+from seqzoo.kernels.gated_norm import gated_norm
+
+needs_native = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+# Channels, groups, and how many of the learned numbers there are: for all channels or those of one group.
+SIZES = {"one group": (37, 1, 37), "shared": (96, 6, 16), "each its own": (64, 4, 64), "ragged": (3 * 21, 3, 21)}
+KINDS = {
+    f"{'layer' if centered else 'rms'}, {gate}": {"centered": centered, "gate": gate}
+    for centered, gate in itertools.product([False, True], ["no gate", "silu", "sigmoid", "silu first"])
+}
+LEARNED = {"nothing learned": (), "weight": ("weight",), "weight and bias": ("weight", "bias")}
+
+sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+learned = pytest.mark.parametrize("learned", LEARNED.values(), ids=LEARNED)
+
+
+def example(sizes, kind, learned, dtype=torch.float64, tokens=(2, 50), seed=0):
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64).bfloat16().to(dtype)
+
+    channels, groups, numbers = sizes
+    # Tokens lie apart, as slices of a wider projection do.
+    inputs = {"x": draw(*tokens, 2 * channels)[..., channels:]}
+    settings = {"groups": groups, "centered": kind["centered"], "eps": 1e-3, "scale": 0.7}
+    if kind["gate"] != "no gate":
+        inputs["gate"] = draw(*tokens, 3 * channels)[..., channels : 2 * channels]
+        settings |= {"activation": kind["gate"].split()[0], "gate_first": kind["gate"].endswith("first")}
+    return inputs | {name: draw(numbers) for name in learned}, settings
+
+
+def differentiate(inputs, settings, backend):
+    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    y = gated_norm(**inputs, **settings, backend=backend)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)
+    return {"y": y.detach()} | dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), weight), strict=True))
+
+
+def written_out(x, gate=None, weight=None, bias=None, *, groups, centered, eps, scale, activation="", gate_first=False):
+    factor = 1 if gate is None else {"silu": gate * gate.sigmoid(), "sigmoid": gate.sigmoid()}[activation]
+    u = (x * factor if gate_first else x).unflatten(-1, (groups, -1))
+    c = u.mean(-1, keepdim=True) if centered else 0
+    n = scale * (u - c) / ((u - c).square().mean(-1, keepdim=True) + eps).sqrt()
+    repeat = 1 if weight is None else x.shape[-1] // len(weight)
+    z = n.flatten(-2) * (1 if weight is None else weight.repeat(repeat))
+    z = z if bias is None else z + bias.repeat(repeat)
+    return z if gate_first else z * factor
+
+
+@sizes
+@kinds
+@learned
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+def test_is_the_equation(backend, sizes, kind, learned):
+    inputs, settings = example(sizes, kind, learned)
+    ours = differentiate(inputs, settings, backend)
+    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    y = written_out(**inputs, **settings)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)
+    expected = {"y": y} | dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), weight), strict=True))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: name + text)
+
+
+@needs_native
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounds_no_worse_than_plain_pytorch(kind, dtype):
+    inputs, settings = example(SIZES["shared"], kind, ("weight", "bias"), dtype, tokens=(4, 300))
+    exact = differentiate({name: x.double() for name, x in inputs.items()}, settings, "reference")
+    ours, plain = (differentiate(inputs, settings, backend) for backend in ("native", "reference"))
+    for name, truth in exact.items():
+        assert ours[name].dtype == dtype
+        error, allowed = ((side[name].double() - truth).norm() / truth.norm() for side in (ours, plain))
+        assert error <= max(2 * allowed, 3 * torch.finfo(torch.float32).eps), name
+
+
+@needs_native
+@pytest.mark.parametrize("tokens", [(1,), (0, 5), (1, 1), (3, 700)], ids=str)
+def test_any_number_of_tokens(tokens):
+    inputs, settings = example(SIZES["shared"], KINDS["rms, silu"], ("weight",), tokens=tokens)
+    ours, plain = (differentiate(inputs, settings, backend) for backend in ("native", "reference"))
+    for name in plain:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-10, atol=1e-10)
+
+
+@needs_native
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-15, 1e4, 1e15])
+def test_finite_where_gates_saturate(scale, centered):
+    inputs, settings = example(SIZES["shared"], KINDS["rms, silu"], ("weight",), torch.float32)
+    inputs |= {"x": inputs["x"] * scale, "gate": inputs["gate"] * 1e4}
+    for name, tensor in differentiate(inputs, settings | {"centered": centered}, "native").items():
+        assert tensor.isfinite().all(), name
+
+
+@needs_native
+@kinds
+def test_is_an_operator_of_torch(kind):
+    inputs, settings = example(SIZES["shared"], kind, ("weight", "bias"), torch.float32)
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    compiled = torch.compile(gated_norm, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs, **settings), gated_norm(**inputs, **settings))
+    code = 0 if "gate" not in inputs else {"silu": 1, "sigmoid": 2}[settings["activation"]]
+    first = settings.get("gate_first", False)
+    arguments = [inputs.get(name) for name in ("x", "gate", "weight", "bias")]
+    arguments += [settings["groups"], settings["eps"], settings["scale"], settings["centered"], code, first]
+    torch.library.opcheck(torch.ops.seqzoo.gated_norm_native.default, tuple(arguments))
+
+
+def test_one_answer_in_mixed_precision():
+    x, gate = torch.randn(3, 8), torch.randn(3, 8).bfloat16()
+    torch.testing.assert_close(gated_norm(x, gate), F.rms_norm(x, (8,), eps=1e-5) * F.silu(gate.float()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"groups": 3}, "groups=3 does not divide the 8 channels"),
+        ({"activation": "relu"}, "activation='relu'; use silu or sigmoid"),
+        ({"activation": None}, "activation=None; use silu or sigmoid"),
+        ({"gate": torch.ones(2, 4)}, r"gate has shape \(2, 4\); expected that of x, \(2, 8\)"),
+        ({"weight": torch.ones(3)}, r"weight has shape \(3,\); expected \(8,\) or \(8,\)"),
+        ({"bias": torch.ones(8).long()}, "bias is torch.int64"),
+    ],
+)
+def test_refuses_what_does_not_fit(settings, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        gated_norm(torch.ones(2, 8), **settings)
