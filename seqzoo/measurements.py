@@ -78,7 +78,7 @@ def recall(
     # Configs of one task begin alike, as in mqar_attention and mqar_mamba2; results are told apart by the rest.
     shared = len({stem.partition("_")[0] for stem in stems}) == 1
     names = [(shared and stem.partition("_")[2]) or stem for stem in stems]
-    results = [_train_recall(config, name, output, overrides) for config, name in zip(configs, names, strict=True)]
+    results = [train_recall(config, name, output, overrides) for config, name in zip(configs, names, strict=True)]
     folder = Path(output)
     write_recall(results, folder / "recall.csv")
     write_recall_curves(results, folder / "curves.csv")
@@ -88,7 +88,18 @@ def recall(
     return results
 
 
-def _train_recall(config: str, name: str, output: str, overrides: list[str]) -> RecallResult:
+def train_recall(config: str, name: str, output: str, overrides: list[str]) -> RecallResult:
+    """Train one config on associative recall and score it on fresh rows.
+
+    Args:
+        config: config file whose data is seqzoo.tasks.MQARData.
+        name: what to call the result.
+        output: folder for the run.
+        overrides: settings that differ from the config's, such as ``trainer.max_steps=100``.
+
+    Raises:
+        ValueError: the config's data is of another task.
+    """
     from seqzoo.evals import RecallResult
     from seqzoo.tasks import MQARData
     from seqzoo.training.command import TrainingCommand

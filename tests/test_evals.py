@@ -12,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 
 import pytest
+import recall_per_byte
 import torch
 import torch.nn.functional as F
 from matplotlib.text import Text
@@ -36,7 +37,7 @@ from seqzoo.evals.recall import (
     write_recall,
     write_recall_curves,
 )
-from seqzoo.layers import Attention, GatedDeltaNet
+from seqzoo.layers import FAMILIES, Attention, GatedDeltaNet, ShortConv
 from seqzoo.models import LanguageModel
 
 TRAIN_LENGTH = 8
@@ -408,3 +409,14 @@ def test_importing_evaluations_loads_nothing_heavy():
 def test_a_misspelled_evaluation_is_named():
     with pytest.raises(ImportError, match="measure_length"):
         from seqzoo.evals import measure_length  # noqa: F401
+
+
+def test_recall_per_byte_measured_every_mixer_and_its_page_says_so():
+    command = "python scripts/recall_per_byte.py measures and writes it"
+    runs = recall_per_byte.read_runs()
+    mixers = {layer.__name__ for family, layers in FAMILIES.items() for layer in layers if family != "feed-forward"}
+    for dim in recall_per_byte.WIDTHS:
+        measured = {run["mixer"].partition(",")[0] for run in runs if run["dim"] == dim}
+        assert measured == mixers - {ShortConv.__name__}, command
+    assert recall_per_byte.missing(runs) == [], command
+    assert recall_per_byte.PAGE.read_text() == recall_per_byte.written(runs), command
