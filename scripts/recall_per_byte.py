@@ -1,6 +1,6 @@
 """Who recalls how much per byte of state: every mixer on one recall task at two widths, into docs/recall.md.
 
-`python scripts/recall_per_byte.py` trains what docs/recall.json does not hold yet (half an hour on one thread) and
+`python scripts/recall_per_byte.py` trains what docs/recall.json does not hold yet (all in 20 minutes of one thread) and
 draws the page's table and picture; names, such as `Mamba2 "Attention, window"`, train only those. With ``--override``
 other settings are tried and nothing is kept; with ``--check`` nothing is trained, and a stale page is an error.
 """
@@ -30,8 +30,6 @@ PAGE = ROOT / "docs" / "recall.md"
 PICTURE = ROOT / "docs" / "recall.png"
 
 WIDTHS = (16, 32)
-LEARNING_RATES = (0.01,)
-STUCK = 0.4  # below it the second rate is tried as well, and the better run counts
 ALONE = ("Mamba", "Mamba2", "RGLRU", "SLSTM", "Hyena")  # twice, as they bring a convolution; others stand behind one
 LENGTH = 32
 PAIRS = (2, 4, 8)
@@ -40,6 +38,7 @@ VALIDATION = [{"length": LENGTH, "pairs": pairs} for pairs in PAIRS]
 RECIPE: dict[str, Any] = {
     "model": {
         "net": {"vocab_size": 64},
+        "learning_rate": 0.01,
         "warmup_steps": 50,
         "final_learning_rate": 0.1,
     },
@@ -91,7 +90,7 @@ def mixers(dim: int) -> dict[str, dict[str, Any]]:
         "RGLRU": {"width": 4 * dim},
         "Based": {"num_heads": 2, "feature_dim": quarter // 2},
         "GatedLinearAttention": memory,
-        "HGRN2": {"head_dim": half},
+        "HGRN2": {"head_dim": half, "lower_bound": 0.9},
         "LightningAttention": {"num_heads": 2, "head_dim": half},
         "MLSTM": memory,
         "RetNet": memory,
@@ -99,7 +98,7 @@ def mixers(dim: int) -> dict[str, dict[str, Any]]:
         "DeltaNet": erasable,
         "DeltaProduct": erasable | {"use_gate": False},
         "GatedDeltaNet": erasable | {"use_gate": False},
-        "GatedDeltaNet2": erasable,
+        "GatedDeltaNet2": erasable | {"gate": "sigmoid"},
         "KimiDeltaAttention": erasable,
         "RWKV7": {"head_dim": half},
         "SLSTM": {"num_heads": 2},
@@ -109,13 +108,12 @@ def mixers(dim: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def train(name: str, dim: int, learning_rate: float, overrides: list[str]) -> dict[str, Any]:
+def train(name: str, dim: int, overrides: list[str]) -> dict[str, Any]:
     """Train and score one model; what docs/recall.json keeps of it.
 
     Args:
         name: mixer, one of ``mixers``.
         dim: width of the residual stream.
-        learning_rate: AdamW's peak.
         overrides: settings that differ from the recipe, such as ``trainer.max_steps=3000``.
     """
     settings = mixers(dim)[name]
@@ -125,7 +123,7 @@ def train(name: str, dim: int, learning_rate: float, overrides: list[str]) -> di
     }
     pattern = ["mixer", "mixer"] if name in ALONE else ["conv", "mixer"]
     net = RECIPE["model"]["net"] | {"dim": dim, "pattern": pattern, "layers": layers}
-    config = RECIPE | {"model": RECIPE["model"] | {"learning_rate": learning_rate, "net": net}}
+    config = RECIPE | {"model": RECIPE["model"] | {"net": net}}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mixer.yaml"
@@ -138,7 +136,6 @@ def train(name: str, dim: int, learning_rate: float, overrides: list[str]) -> di
         "dim": dim,
         "pattern": pattern,
         "settings": settings,
-        "learning_rate": learning_rate,
         "state_bytes": result.state_bytes,
         "accuracy": {segment: round(value, 3) for segment, value in result.accuracy.items()},
         "steps": result.steps,
@@ -163,22 +160,15 @@ def read_runs() -> list[dict[str, Any]]:
 def write_runs(runs: list[dict[str, Any]]) -> None:
     """Keep ``runs``, a line each, in the order of the catalogue."""
     names = list(mixers(WIDTHS[0]))
-    runs = sorted(runs, key=lambda run: (names.index(run["mixer"]), run["dim"], -run["learning_rate"]))
+    runs = sorted(runs, key=lambda run: (names.index(run["mixer"]), run["dim"]))
     lines = ",\n".join(json.dumps(run) for run in runs)
     RESULTS.write_text(f'{{"recipe": {json.dumps(RECIPE)},\n"runs": [\n{lines}\n]}}\n')
 
 
-def missing(runs: list[dict[str, Any]]) -> list[tuple[str, int, float]]:
-    """Mixer, width and learning rate of every run still to do."""
-    done = {(run["mixer"], run["dim"], run["learning_rate"]): accuracy(run) for run in runs}
-    first = LEARNING_RATES[0]
-    return [
-        (name, dim, rate)
-        for rate in LEARNING_RATES
-        for dim in WIDTHS
-        for name in mixers(dim)
-        if (name, dim, rate) not in done and (rate == first or done.get((name, dim, first), 1) < STUCK)
-    ]
+def missing(runs: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """Mixer and width of every run still to do."""
+    done = {(run["mixer"], run["dim"]) for run in runs}
+    return [(name, dim) for dim in WIDTHS for name in mixers(dim) if (name, dim) not in done]
 
 
 def accuracy(run: dict[str, Any]) -> float:
@@ -187,9 +177,8 @@ def accuracy(run: dict[str, Any]) -> float:
 
 
 def best_first(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The better run of each mixer and width; widths in order, and within a width the best first."""
-    best = {(run["mixer"], run["dim"]): run for run in sorted(runs, key=accuracy)}
-    return sorted(best.values(), key=lambda run: (run["dim"], -accuracy(run), run["state_bytes"]))
+    """Widths in order, and within a width the best first; of equals the smaller state."""
+    return sorted(runs, key=lambda run: (run["dim"], -accuracy(run), run["state_bytes"]))
 
 
 def family(name: str) -> str:
@@ -200,13 +189,13 @@ def family(name: str) -> str:
 def table(runs: list[dict[str, Any]]) -> str:
     """A Markdown row for each mixer and width."""
     pairs = " | ".join(f"{count} pairs" for count in PAIRS)
-    head = f"| mixer | family | width | state | accuracy | {pairs} | rate | steps | CPU seconds |"
+    head = f"| mixer | family | width | state | accuracy | {pairs} | steps | CPU seconds |"
     lines = [head, "|---" * head.count(" |") + "|"]
     for run in best_first(runs):
         scores = " | ".join(f"{run['accuracy'][f'T{LENGTH}_K{count}']:.3f}" for count in PAIRS)
         lines.append(
             f"| `{run['mixer']}` | {family(run['mixer'])} | {run['dim']} | {show.bytes_text(run['state_bytes'])} "
-            f"| {accuracy(run):.3f} | {scores} | {run['learning_rate']} | {run['steps']} | {run['cpu_seconds']} |"
+            f"| {accuracy(run):.3f} | {scores} | {run['steps']} | {run['cpu_seconds']} |"
         )
     return "\n".join(lines)
 
@@ -261,17 +250,18 @@ def main() -> int:
         parser.error(f"no mixer {', '.join(sorted(unknown))}; there are {', '.join(mixers(WIDTHS[0]))}")
     if options.override:
         for name, dim in product(names, WIDTHS):
-            print(json.dumps(train(name, dim, LEARNING_RATES[0], options.override)), flush=True)
+            print(json.dumps(train(name, dim, options.override)), flush=True)
         return 0
     runs = read_runs()
     if options.check:
         stale = PAGE.read_text() != written(runs)
         print(f"{PAGE.name}: {'stale; run python scripts/recall_per_byte.py' if stale else 'fresh'}")
         return int(stale)
-    while todo := [run for run in missing(runs) if run[0] in names]:
-        runs.append(train(*todo[0], []))
-        write_runs(runs)
-        print(json.dumps(runs[-1]), flush=True)
+    for name, dim in missing(runs):
+        if name in names:
+            runs.append(train(name, dim, []))
+            write_runs(runs)
+            print(json.dumps(runs[-1]), flush=True)
     plot(runs)
     PAGE.write_text(written(runs))
     return 0
