@@ -117,9 +117,9 @@ class RWKV6(Mixer):
     ) -> tuple[Float[Tensor, "batch time dim"], RWKV6State]:
         back, last = token_shift(x, state and state.last, starts)
         mix = self.mix.to(x.dtype)
-        low = torch.tanh((x + back * mix[0]) @ self.mix_down).unflatten(-1, (5, -1))
+        low = torch.tanh(torch.addcmul(x, back, mix[0]) @ self.mix_down).unflatten(-1, (5, -1))
         glances = mix[1:, None, None] + torch.einsum("btzr,zrd->zbtd", low, self.mix_up)
-        xw, xk, xv, xr, xg = (x + back * glance for glance in glances)
+        xw, xk, xv, xr, xg = (torch.addcmul(x, back, glance) for glance in glances)
         wide = torch.promote_types(x.dtype, torch.float32)
         log_decay = -(self.decay.to(wide) + self.decay_map(xw).to(wide)).exp()
         r, k, v, log_decay = (

@@ -61,7 +61,7 @@ class RWKV6ChannelMix(Mixer):
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], ShiftState]:
         back, last = token_shift(x, state and state.last, starts)
-        xk, xr = (x + back * mix for mix in self.mix.to(x.dtype))
+        xk, xr = (torch.addcmul(x, back, mix) for mix in self.mix.to(x.dtype))
         return torch.sigmoid(self.receptance(xr)) * self.out(F.relu(self.key(xk)).square()), ShiftState(last)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

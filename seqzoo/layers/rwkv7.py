@@ -12,14 +12,13 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.dplr_delta_rule import dplr_delta_rule
 from seqzoo.mixer import Mixer
 from seqzoo.parts.low_rank import LowRank
-from seqzoo.parts.norm import GroupLayerNorm
+from seqzoo.parts.norm import GroupLayerNorm, l2_normalize
 from seqzoo.parts.token_shift import depth_ratios, ramp, token_shift
 
 FASTEST = math.exp(-0.5)
@@ -156,7 +155,7 @@ class RWKV7(Mixer):
         source: Float[Tensor, "batch time dim"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], RWKV7State]:
         back, last = token_shift(x, state and state.last, starts)
-        xr, xw, xk, xv, xa, xg = (x + back * mix for mix in self.mix.to(x.dtype))
+        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, back, mix) for mix in self.mix.to(x.dtype))
         wide = torch.promote_types(x.dtype, torch.float32)
         log_decay = -FASTEST * torch.sigmoid(self.decay.to(wide) + self.decay_map(xw).to(wide))
         rate = torch.sigmoid(self.rate.to(wide) + self.rate_map(xa).to(wide))
@@ -172,7 +171,7 @@ class RWKV7(Mixer):
             z.unflatten(-1, (-1, self.head_dim))
             for z in (self.receptance(xr), v, written, k * self.key_scale.to(k.dtype), rate, log_decay)
         )
-        unit = F.normalize(scaled.to(wide), dim=-1)
+        unit = l2_normalize(scaled.to(wide), eps=1e-24, backend=self.backend)
         y, memory = dplr_delta_rule(
             r,
             written,
@@ -197,7 +196,7 @@ class RWKV7(Mixer):
     ) -> Float[Tensor, "batch time dim"]:
         """The values of ``x``, before any are mixed in."""
         back, _ = token_shift(x, state and state.last, starts)
-        return self.value(x + back * self.mix[3].to(x.dtype))
+        return self.value(torch.addcmul(x, back, self.mix[3].to(x.dtype)))
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         dim = len(self.decay)

@@ -57,7 +57,7 @@ class RWKV7ChannelMix(Mixer):
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], ShiftState]:
         back, last = token_shift(x, state and state.last, starts)
-        return self.out(F.relu(self.key(x + back * self.mix.to(x.dtype))).square()), ShiftState(last)
+        return self.out(F.relu(self.key(torch.addcmul(x, back, self.mix.to(x.dtype)))).square()), ShiftState(last)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         return len(self.mix) * dtype.itemsize
