@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from seqzoo.kernels import native
 from seqzoo.kernels.gated_norm import gated_norm
 
-needs_native = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
 # Channels, groups, and how many of the learned numbers there are: for all channels or those of one group.
 SIZES = {"one group": (37, 1, 37), "shared": (96, 6, 16), "each its own": (64, 4, 64), "ragged": (3 * 21, 3, 21)}
 KINDS = {
@@ -62,7 +61,7 @@ def written_out(x, gate=None, weight=None, bias=None, *, groups, centered, eps, 
 @sizes
 @kinds
 @learned
-@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("backend", ["reference", "native"])
 def test_is_the_equation(backend, sizes, kind, learned):
     inputs, settings = example(sizes, kind, learned)
     ours = differentiate(inputs, settings, backend)
@@ -74,7 +73,6 @@ def test_is_the_equation(backend, sizes, kind, learned):
         torch.testing.assert_close(ours[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: name + text)
 
 
-@needs_native
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rounds_no_worse_than_plain_pytorch(kind, dtype):
@@ -87,7 +85,6 @@ def test_rounds_no_worse_than_plain_pytorch(kind, dtype):
         assert error <= max(2 * allowed, 3 * torch.finfo(torch.float32).eps), name
 
 
-@needs_native
 @pytest.mark.parametrize("tokens", [(1,), (0, 5), (1, 1), (3, 700)], ids=str)
 def test_any_number_of_tokens(tokens):
     inputs, settings = example(SIZES["shared"], KINDS["rms, silu"], ("weight",), tokens=tokens)
@@ -96,7 +93,6 @@ def test_any_number_of_tokens(tokens):
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-10, atol=1e-10)
 
 
-@needs_native
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("scale", [0.0, 1e-15, 1e4, 1e15])
 def test_finite_where_gates_saturate(scale, centered):
@@ -106,7 +102,6 @@ def test_finite_where_gates_saturate(scale, centered):
         assert tensor.isfinite().all(), name
 
 
-@needs_native
 @kinds
 def test_is_an_operator_of_torch(kind):
     inputs, settings = example(SIZES["shared"], kind, ("weight", "bias"), torch.float32)
@@ -139,3 +134,9 @@ def test_one_answer_in_mixed_precision():
 def test_refuses_what_does_not_fit(settings, message, unchecked):
     with pytest.raises(ValueError, match=message):
         gated_norm(torch.ones(2, 8), **settings)
+
+
+def test_refuses_native_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(native, "reason", lambda: "no compiler was found")
+    with pytest.raises(ValueError, match="cannot run gated_norm: no compiler was found; use auto or reference"):
+        gated_norm(torch.ones(2, 8), backend="native")

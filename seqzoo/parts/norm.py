@@ -18,8 +18,22 @@ def l2_normalize(
     return y.unflatten(-1, (heads, size))
 
 
-class _GroupNorm(nn.Module):
-    """What both norms below are: one number a channel is learned, or none, and a gate may come with the call."""
+class GroupRMSNorm(nn.Module):
+    """RMS normalisation over each of ``groups`` equal parts of ``dim`` channels, then one scale a channel and a gate.
+
+    Args:
+        dim: width, or that of each of several heads side by side, which share what is learned.
+        groups: parts that are normalised apart; must divide ``dim``.
+        eps: added to the mean square.
+        learned: whether there are scales, which are learned.
+        bias: whether a constant is learned for each channel.
+        activation: of the gate, ``silu`` or ``sigmoid``.
+        gate_first: whether the gate comes before the norm.
+        backend: the layer's.
+
+    Raises:
+        ValueError: ``groups`` does not divide ``dim``.
+    """
 
     centered = False
 
@@ -27,13 +41,13 @@ class _GroupNorm(nn.Module):
         self,
         dim: int,
         *,
-        groups: int,
-        eps: float,
-        learned: bool,
-        bias: bool,
-        activation: Activation,
-        gate_first: bool,
-        backend: str,
+        groups: int = 1,
+        eps: float = 1e-5,
+        learned: bool = True,
+        bias: bool = False,
+        activation: Activation = "silu",
+        gate_first: bool = False,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if groups < 1 or dim % groups:
@@ -54,7 +68,7 @@ class _GroupNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "... channel"], gate: Float[Tensor, "... channel"] | None = None
     ) -> Float[Tensor, "... channel"]:
-        """Normalise each ``dim`` of the last axis, which may hold several: they share what is learned."""
+        """Normalise each ``dim`` of the last axis, which may hold several."""
         return gated_norm(
             x,
             gate,
@@ -69,80 +83,8 @@ class _GroupNorm(nn.Module):
         )
 
 
-class GroupRMSNorm(_GroupNorm):
-    """RMS normalisation over each of ``groups`` equal parts of ``dim`` channels, then one scale a channel and a gate.
-
-    Args:
-        dim: width, or that of each of several heads side by side, which share the scales.
-        groups: parts that are normalised apart; must divide ``dim``.
-        eps: added to the mean square.
-        learned: whether there are scales, which are learned.
-        activation: of the gate.
-        gate_first: whether the gate comes before the norm.
-        backend: the layer's.
-
-    Raises:
-        ValueError: ``groups`` does not divide ``dim``.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        groups: int = 1,
-        eps: float = 1e-5,
-        learned: bool = True,
-        activation: Activation = "silu",
-        gate_first: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            dim,
-            groups=groups,
-            eps=eps,
-            learned=learned,
-            bias=False,
-            activation=activation,
-            gate_first=gate_first,
-            backend=backend,
-        )
-
-
-class GroupLayerNorm(_GroupNorm):
-    """Layer normalisation over each of ``groups`` equal parts of ``dim`` channels, then one scale a channel and a gate.
-
-    Args:
-        dim: width.
-        groups: parts that are normalised apart; must divide ``dim``.
-        eps: added to the variance.
-        bias: whether a constant is learned for each channel.
-        activation: of the gate.
-        backend: the layer's.
-
-    Raises:
-        ValueError: ``groups`` does not divide ``dim``.
-    """
+class GroupLayerNorm(GroupRMSNorm):
+    """The same after the mean of each part is subtracted: layer normalisation."""
 
     centered = True
     weight: nn.Parameter
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        groups: int = 1,
-        eps: float = 1e-5,
-        bias: bool = False,
-        activation: Activation = "silu",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            dim,
-            groups=groups,
-            eps=eps,
-            learned=True,
-            bias=bias,
-            activation=activation,
-            gate_first=False,
-            backend=backend,
-        )

@@ -51,14 +51,14 @@ def gated_norm(
         centered: the mean is subtracted first.
         activation: of the gate, ``silu`` or ``sigmoid``.
         gate_first: what is normalised is gated already.
-        backend: a layer's setting: for ``auto`` and ``native`` the native kernel on a CPU, for all others, on other
-            devices and without native kernels plain PyTorch.
+        backend: a layer's setting: ``native`` is the native kernel, ``auto`` the same where it can run, and all others
+            are plain PyTorch.
 
     Returns:
         y in the dtype of ``x``, or that of ``gate`` where it is wider.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or there is no such ``activation``.
+        ValueError: shapes or dtypes do not fit together, there is no such ``activation``, or ``backend`` cannot serve.
     """
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"gated_norm: groups={groups} does not divide the {x.shape[-1]} channels of x")
@@ -82,7 +82,9 @@ def gated_norm(
     if gate is not None and gate.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gate.dtype)
         x, gate = x.to(dtype), gate.to(dtype)
-    fused = backend in ("auto", "native") and why_not("native", x.device, x.dtype) is None
-    run = native.gated_norm if fused else reference.gated_norm
+    why = why_not("native", x.device, x.dtype)
+    if backend == "native" and why is not None:
+        raise ValueError(f"backend='native' cannot run gated_norm: {why}; use auto or reference")
+    run = native.gated_norm if backend in ("auto", "native") and why is None else reference.gated_norm
     with torch.autocast(x.device.type, enabled=False):
         return run(x, gate, weight, bias, groups, eps, scale, centered, activation, gate_first)
