@@ -15,7 +15,7 @@ def layers() -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from seqzoo.kernels import OPERATORS
+    from seqzoo.kernels import EVERY_OPERATOR
     from seqzoo.layers import FAMILIES
 
     table = Table("layer and family", "paper, numbers in a sequence's state, operators and kernels", box=SIMPLE_HEAD)
@@ -24,7 +24,7 @@ def layers() -> None:
     for family, members in FAMILIES.items():
         for layer in members:
             facts = [", ".join(cite(layer)[1:]), f"state: {layer.state_formula}"]
-            facts += [f"{name}: {', '.join(OPERATORS[name])}" for name in layer.operators]
+            facts += [f"{name}: {', '.join(EVERY_OPERATOR[name])}" for name in layer.operators]
             table.add_row(f"{layer.__name__}\n{family}", "\n".join(facts), end_section=True)
     Console().print(table)
 
@@ -36,7 +36,7 @@ def show(name: str) -> None:
         name: a layer of the catalogue, such as GatedDeltaNet.
     """
     from seqzoo import layers as catalogue
-    from seqzoo.kernels import OPERATORS
+    from seqzoo.kernels import EVERY_OPERATOR
 
     try:
         layer = getattr(catalogue, name)
@@ -51,7 +51,7 @@ def show(name: str) -> None:
     constant = "constant" if layer(32).constant_state else "grows with the tokens read (T)"
     say(f"\nState: {layer.state_formula} numbers a sequence; with the defaults it is {constant}.")
     for operator in layer.operators:
-        say(f"Operator: {operator} ({', '.join(OPERATORS[operator])})")
+        say(f"Operator: {operator} ({', '.join(EVERY_OPERATOR[operator])})")
 
 
 def generate(

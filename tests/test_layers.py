@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from seqzoo import Mixer, clone_state, detach_state, layers, measure_state, starts_from_cu_seqlens
-from seqzoo.kernels import OPERATORS
+from seqzoo.kernels import EVERY_OPERATOR
 from seqzoo.layers import (
     FAMILIES,
     HGRN2,
@@ -606,7 +606,7 @@ def test_the_docstring_explains_every_setting(layer):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_class_describes_itself(layer):
     mixer = layer(DIM)
-    assert set(layer.operators) <= set(OPERATORS)
+    assert set(layer.operators) <= set(EVERY_OPERATOR)
     assert (layer.state_formula.strip() == "0") == (mixer.state_bytes(100) == 0)
     shapes = {name: parameter.ndim for name, parameter in mixer.named_parameters()}
     assert all(shapes[name] > 1 for name in layer.no_weight_decay)

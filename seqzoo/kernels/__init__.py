@@ -1,9 +1,11 @@
 """Operators: one folder each, one signature each, several implementations.
 
-``OPERATORS`` lists the implementations of every operator by name; ``explain`` in each folder says which one ``auto``
-takes. ``checked_ranges`` is a context in which they also refuse values outside their legal range.
+``OPERATORS`` lists the implementations of every operator that carries a state by name, ``EVERY_OPERATOR`` also those
+whose layers keep it; ``explain`` in each folder says which one ``auto`` takes. ``checked_ranges`` is a context in which
+they also refuse values outside their legal range.
 """
 
+from seqzoo.kernels import attention as _attention
 from seqzoo.kernels import diagonal_state_space as _diagonal_state_space
 from seqzoo.kernels import dplr_delta_rule as _dplr_delta_rule
 from seqzoo.kernels import gated_delta_product as _gated_delta_product
@@ -16,7 +18,7 @@ from seqzoo.kernels import selective_scan as _selective_scan
 from seqzoo.kernels import short_conv as _short_conv
 from seqzoo.kernels.backends import checked_ranges
 
-__all__ = ["OPERATORS", "checked_ranges"]
+__all__ = ["EVERY_OPERATOR", "OPERATORS", "checked_ranges"]
 
 OPERATORS = {
     "short_conv": _short_conv.IMPLEMENTATIONS,
@@ -30,3 +32,4 @@ OPERATORS = {
     "diagonal_state_space": _diagonal_state_space.IMPLEMENTATIONS,
     "dplr_delta_rule": _dplr_delta_rule.IMPLEMENTATIONS,
 }
+EVERY_OPERATOR = OPERATORS | {"attention": _attention.IMPLEMENTATIONS}

@@ -1,0 +1,233 @@
+"""Softmax attention: every implementation is the equation, with gradients, whatever is visible and in any dtype."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seqzoo.kernels import attention as module
+from seqzoo.kernels import checked_ranges
+from seqzoo.kernels.attention import IMPLEMENTATIONS, attention
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+OTHERS = [name for name in IMPLEMENTATIONS if name not in ("reference", "sdpa")]
+# Tokens, slots, query heads, key heads.
+SIZES = {"one token": (1, 1, 2, 2), "decoding": (1, 300, 6, 2), "short": (70, 70, 2, 2), "goes on": (200, 431, 6, 2)}
+SIZES |= {"one key head": (300, 300, 4, 1)}
+SETTINGS = {
+    "all": {},
+    "window": {"window": 5},
+    "wide window": {"window": 150},
+    "window and sinks": {"window": 100, "sinks": 3},
+    "cap": {"soft_cap": 2.0, "scale": 0.7},
+    "all at once": {"window": 150, "sinks": 2, "soft_cap": 3.0},
+}
+EXTRAS = {"plain": (), "documents": ("first",), "forgetting": ("log_forget",), "sink": ("sink",)}
+EXTRAS |= {"everything": ("first", "log_forget", "sink")}
+
+sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+extras = pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+others = pytest.mark.parametrize("backend", OTHERS)
+
+
+def example(sizes, extras, dtype=torch.float64, seed=0, key=10, value=7):
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64).bfloat16().to(dtype)
+
+    time, slots, heads, groups = sizes
+    inputs = {"q": draw(2, time, heads, key), "k": draw(2, slots, groups, key), "v": draw(2, slots, groups, value)}
+    wide = torch.promote_types(dtype, torch.float32)
+    if "log_forget" in extras:
+        inputs["log_forget"] = F.logsigmoid(draw(2, slots, heads).to(wide) + 1)
+    if "sink" in extras:
+        inputs["sink"] = draw(heads).to(wide)
+    if "first" in extras:
+        begins = torch.rand(2, slots, generator=random) < 0.03
+        last = torch.where(begins, torch.arange(slots), 0).cummax(1).values
+        inputs["first"] = last[:, slots - time :]
+    return inputs
+
+
+def differentiate(inputs, settings, backend):
+    inputs = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    o = attention(**inputs, **settings, backend=backend)
+    weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(o.dtype)
+    learned = {name: x for name, x in inputs.items() if x.requires_grad}
+    return {"o": o.detach()} | dict(zip(learned, torch.autograd.grad(o, list(learned.values()), weight), strict=True))
+
+
+def assert_same(ours, truth, **tolerance):
+    for name, expected in truth.items():
+        torch.testing.assert_close(
+            ours[name], expected, **(tolerance or EXACT), msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def written_out(q, k, v, log_forget=None, sink=None, first=None, *, window=None, sinks=0, soft_cap=None, scale=None):
+    """The equation pair by pair, in Python numbers where that is possible."""
+    batch, time, heads, key = q.shape
+    slots, shared = k.shape[1], heads // k.shape[2]
+    scale = 1 / math.sqrt(key) if scale is None else scale
+    rows = []
+    for b in range(batch):
+        for t in range(time):
+            own, since = slots - time + t, 0 if first is None else int(first[b, t])
+            seen = [j for j in range(since, own + 1) if window is None or own - j < window or j - since < sinks]
+            for h in range(heads):
+                logits = torch.stack([scale * (q[b, t, h] * k[b, j, h // shared]).sum() for j in seen])
+                if soft_cap is not None:
+                    logits = soft_cap * torch.tanh(logits / soft_cap)
+                if log_forget is not None:
+                    logits = logits + torch.stack([log_forget[b, j + 1 : own + 1, h].sum() for j in seen])
+                weights = logits.exp()
+                total = weights.sum() + (0 if sink is None else sink[h].exp())
+                rows.append(sum(w * v[b, j, h // shared] for w, j in zip(weights / total, seen, strict=True)))
+    return torch.stack(rows).view(batch, time, heads, -1)
+
+
+@settings
+@extras
+def test_the_reference_is_the_equation(settings, extras):
+    inputs = example((6, 11, 4, 2), extras)
+    settings = {name: min(value, 3) if name == "window" else value for name, value in settings.items()}
+    torch.testing.assert_close(
+        attention(**inputs, **settings, backend="reference"), written_out(**inputs, **settings), **EXACT
+    )
+
+
+@sizes
+@settings
+@extras
+@others
+def test_equals_the_reference(backend, sizes, settings, extras):
+    inputs = example(sizes, extras)
+    truth = differentiate(inputs, settings, "reference")
+    assert_same(differentiate(inputs, settings, backend), truth)
+
+
+@pytest.mark.parametrize("sizes", [(1, 300, 6, 2), (70, 70, 6, 2), (1, 1, 2, 2)], ids=str)
+def test_pytorchs_kernels_are_the_equation(sizes):
+    inputs = example(sizes, (), dtype=torch.float32)
+    truth = differentiate(inputs, {"scale": 0.3}, "reference")
+    assert_same(differentiate(inputs, {"scale": 0.3}, "sdpa"), truth, rtol=1e-4, atol=1e-5)
+
+
+@settings
+@others
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounds_no_worse_than_plain_pytorch(backend, settings, dtype):
+    inputs = example((200, 300, 4, 2), EXTRAS["everything"], dtype)
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    exact = differentiate(wide, settings, "reference")
+    ours, plain = (differentiate(inputs, settings, name) for name in (backend, "reference"))
+    for name, truth in exact.items():
+        assert ours[name].dtype == plain[name].dtype
+        error, allowed = ((side[name].double() - truth).norm() / truth.norm() for side in (ours, plain))
+        # Weights are rounded to the inputs' precision before they meet values, as in every fused kernel.
+        floor = 3 * torch.finfo(torch.float32).eps if dtype == torch.float32 else torch.finfo(dtype).eps
+        assert error <= max(2 * allowed, floor), (name, error, allowed)
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+def test_any_number_of_threads(threads):
+    """More threads than heads share one head's slots."""
+    inputs, before = example((300, 300, 4, 1), EXTRAS["everything"]), torch.get_num_threads()
+    truth = differentiate(inputs, {}, "reference")
+    torch.set_num_threads(threads)
+    try:
+        assert_same(differentiate(inputs, {}, "native"), truth)
+    finally:
+        torch.set_num_threads(before)
+
+
+@others
+def test_goes_on_as_if_all_came_at_once(backend):
+    inputs = example((150, 150, 4, 2), EXTRAS["everything"])
+    whole = attention(**inputs, window=40, sinks=2, backend=backend)
+    for cut in (1, 60, 149):
+        later = inputs | {"q": inputs["q"][:, cut:], "first": inputs["first"][:, cut:]}
+        torch.testing.assert_close(attention(**later, window=40, sinks=2, backend=backend), whole[:, cut:], **EXACT)
+
+
+@others
+@pytest.mark.parametrize("prune", [1e-3, 1e-8])
+def test_pruning_takes_no_more_weight_than_it_may(backend, prune):
+    inputs = example((400, 400, 4, 2), ("log_forget",))
+    inputs["q"] = inputs["q"] / 4
+    whole, pruned = (attention(**inputs, prune=p, backend=backend) for p in (None, prune))
+    difference = (whole - pruned).abs().max()
+    assert difference <= 2 * prune * inputs["v"].abs().max()
+    if backend == "chunked" and prune == 1e-3:  # native leaves out whole tiles only
+        assert difference > 0
+
+
+@others
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_finite_at_hostile_inputs(backend, scale):
+    inputs = example((130, 130, 4, 2), EXTRAS["everything"], torch.float32)
+    inputs |= {name: inputs[name] * scale for name in ("q", "k")}
+    inputs["log_forget"] = inputs["log_forget"] * 1e4
+    for name, tensor in differentiate(inputs, {"window": 40}, backend).items():
+        assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("backend", ["native", "sdpa"])
+def test_is_an_operator_of_torch(backend):
+    inputs = example((20, 20, 4, 2), () if backend == "sdpa" else EXTRAS["everything"], torch.float32)
+    settings = {} if backend == "sdpa" else {"window": 6, "sinks": 1, "soft_cap": 2.0}
+    inputs = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs, **settings), attention(**inputs, **settings))
+    if backend == "native":
+        decay = torch.randn(2, 4, 20, dtype=torch.float64).requires_grad_()
+        given = [inputs["q"], inputs["k"], inputs["v"], decay, inputs["sink"], inputs["first"], None]
+        torch.library.opcheck(torch.ops.seqzoo.attention_native.default, (*given, 6, 1, 2.0, 0.3))
+
+
+def test_explains_what_auto_runs():
+    assert module.explain(5, "cpu", torch.float32).startswith("attention, 5 token(s) of float32 on cpu: native")
+
+
+def bad(**changes):
+    inputs = example((3, 5, 4, 2), ("log_forget", "sink", "first"), torch.float32)
+    return inputs | {name: change(inputs.get(name)) for name, change in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "settings", "message"),
+    [
+        (bad(q=lambda x: x[0]), {}, "do not fit together"),
+        (bad(k=lambda x: x[..., :3]), {}, r"k \(2, 5, 2, 3\), v .* do not fit together"),
+        (bad(k=lambda x: x[:, :2], v=lambda x: x[:, :2]), {}, "at least as many slots"),
+        (bad(q=lambda x: x[:, :, :3]), {}, "heads that are a multiple of groups"),
+        (bad(log_forget=lambda x: x[:, 1:]), {}, r"log_forget has shape \(2, 4, 4\); expected \(2, 5, 4\)"),
+        (bad(sink=lambda x: x[1:]), {}, r"sink has shape \(3,\); expected \(4,\)"),
+        (bad(first=lambda x: x.int()), {}, "first is torch.int32 on cpu; expected torch.int64"),
+        (
+            bad(q=lambda x: x.double()),
+            {},
+            "q is torch.float64, k torch.float32 and v torch.float32; expected one dtype",
+        ),
+        (bad(v=lambda x: x.long()), {}, "v is torch.int64 on cpu; expected floats on cpu"),
+        (bad(), {"window": 0}, "window=0; a token sees at least itself"),
+        (bad(), {"sinks": 2}, "sinks=2 with window=None"),
+        (bad(), {"soft_cap": 0.0}, "soft_cap=0.0; expected a number above 0"),
+        (bad(), {"prune": 1.5}, "prune=1.5; expected a number between 0 and 1"),
+        (bad(), {"backend": "sdpa"}, "backend='sdpa' cannot run attention: PyTorch's has no forgetting"),
+        (bad(), {"backend": "magic"}, "backend='magic' cannot run attention"),
+    ],
+)
+def test_refuses_what_does_not_fit(inputs, settings, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        attention(**inputs, **settings)
+
+
+def test_refuses_growth_when_ranges_are_checked():
+    with checked_ranges(), pytest.raises(ValueError, match=r"log_decay reaches 0\.5"):
+        attention(**bad(log_forget=lambda x: x * 0 + 0.5))
