@@ -68,6 +68,11 @@ VARIANTS = [
     partial(Attention, window=5, sinks=2),
     partial(Attention, window=100, sinks=3, num_kv_heads=1),
     partial(Attention, window=5, positions="none"),
+    partial(Attention, window=5, sinks=1, learned_sink=True, soft_cap=1.0, qk_norm=True, head_dim=6, norm_eps=1e-3),
+    partial(Attention, learned_sink=True, rope_layout="neighbours", rope_scaling="linear", rope_factor=2.0),
+    partial(Attention, rope_scaling="ntk", rope_factor=4.0, temperature=0.2, temperature_step=10),
+    partial(Attention, rope_scaling="yarn", rope_factor=4.0, rope_original_length=64, window=9, backend="reference"),
+    partial(Attention, rope_scaling="llama3", rope_factor=4.0, rope_original_length=64, backend="chunked"),
     partial(Mamba, state_size=5, expand=1, step_rank=3, conv_size=2),
     partial(Mamba, parameter_norm="fixed", norm_eps=1e-3),
     partial(Mamba, parameter_norm="learned", backend="reference"),
@@ -229,7 +234,7 @@ def meaning(state):
             return part
         used = part.filled.shape[1]
         spans = [(row, used - length) for row, length in enumerate(part.position.tolist())]
-        return [part.position] + [kept[row, begin:used] for kept in (part.keys, part.values) for row, begin in spans]
+        return [part.position] + [kept[row, begin:used] for kept in part[:3] for row, begin in spans]
 
     return tree_leaves(tree_map(open_documents, state, is_leaf=lambda part: isinstance(part, KeyValueBuffer)))
 
@@ -656,7 +661,17 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: Attention(32, sinks=2), ["sinks=2", "window=None"]),
         (lambda: Attention(32, window=4, sinks=-1), ["sinks=-1", "0 or more"]),
         (lambda: Attention(32, positions="alibi"), ["positions='alibi'", "'rope'", "'none'"]),
-        (lambda: Attention(12, num_heads=4), ["dim/num_heads=3", "odd", "rotary"]),
+        (lambda: Attention(12, num_heads=4), ["head_dim=3", "odd", "rotary"]),
+        (lambda: Attention(32, head_dim=0), ["head_dim=0", "1 or more"]),
+        (lambda: Attention(32, soft_cap=-1.0), ["soft_cap=-1.0", "above 0"]),
+        (lambda: Attention(32, temperature=-1.0), ["temperature=-1.0", "0 or more"]),
+        (lambda: Attention(32, rope_base=1.0), ["rope_base=1.0", "above 1"]),
+        (lambda: Attention(32, rope_layout="pairs"), ["rope_layout='pairs'", "'halves'", "'neighbours'"]),
+        (lambda: Attention(32, rope_scaling="long"), ["rope_scaling='long'", "'yarn'"]),
+        (lambda: Attention(32, rope_factor=2.0), ["rope_factor=2.0", "rope_scaling='none'"]),
+        (lambda: Attention(32, rope_scaling="yarn", rope_factor=2.0), ["rope_original_length=None", "yarn"]),
+        (lambda: Attention(32, rope_scaling="linear", rope_original_length=8), ["rope_original_length=8", "None"]),
+        (lambda: Attention(32, head_dim=2, rope_scaling="ntk"), ["rope_scaling='ntk'", "more than 2"]),
         (lambda: Attention(32, max_length=0), ["max_length=0", "1 or more", "None"]),
         (lambda: Mamba(32, state_size=0), ["state_size=0", "1 or more"]),
         (lambda: Mamba(32, expand=0), ["expand=0", "1 or more"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -16,36 +16,44 @@ class KeyValueBuffer(NamedTuple):
     """All keys and values so far, in order; slots past ``filled`` are room for more.
 
     ``filled`` has a last axis of size 0: its shape, not its content, says how many slots are in use, so that no
-    number has to be read back from the device.
+    number has to be read back from the device. ``log_forget`` has a last axis of size 0 where nothing is forgotten.
     """
 
     keys: Float[Tensor, "batch slot head key"]
-    values: Float[Tensor, "batch slot head key"]
+    values: Float[Tensor, "batch slot head value"]
+    log_forget: Float[Tensor, "batch slot heads"]
     position: Int[Tensor, " batch"]
     filled: Float[Tensor, "batch used 0"]
 
-    def append(self, keys: Tensor, values: Tensor, position: Tensor) -> KeyValueBuffer:
-        """The memory with new keys and values at its end; in place, growing by doubling, when autograd is off."""
-        used = self.filled.shape[1]
-        total = used + keys.shape[1]
-        filled = keys.new_empty(len(keys), total, 0)
-        if torch.is_grad_enabled():
-            keys = torch.cat([self.keys[:, :used], keys], 1)
-            return KeyValueBuffer(keys, torch.cat([self.values[:, :used], values], 1), position, filled)
-        old_keys, old_values = self.keys, self.values
-        if total > old_keys.shape[1]:
-            slots = max(2 * old_keys.shape[1], total)
-            old_keys, old_values = _with_room(old_keys[:, :used], slots), _with_room(old_values[:, :used], slots)
-        old_keys[:, used:total] = keys
-        old_values[:, used:total] = values
-        return KeyValueBuffer(old_keys, old_values, position, filled)
+    @classmethod
+    def after(
+        cls,
+        past: KeyValueBuffer | None,
+        keys: Tensor,
+        values: Tensor,
+        position: Tensor,
+        log_forget: Tensor | None = None,
+    ) -> KeyValueBuffer:
+        """The memory once more is read; in place, growing by doubling, when autograd is off."""
+        if log_forget is None:
+            log_forget = keys.new_empty(*keys.shape[:2], 0)
+        used = 0 if past is None else past.filled.shape[1]
+        filled = keys.new_empty(len(keys), used + keys.shape[1], 0)
+        if past is not None:
+            keys, values = _extended(past.keys, used, keys), _extended(past.values, used, values)
+            log_forget = _extended(past.log_forget, used, log_forget)
+        return cls(keys, values, log_forget, position, filled)
 
-    def visible(self, positions: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch time used"]:
-        """Which filled slots the last ``time`` tokens see: themselves and what came before in their document."""
-        used, time = self.filled.shape[1], positions.shape[1]
-        slot = torch.arange(used, device=positions.device)
-        own = slot[used - time :, None]
-        return (slot <= own) & (slot >= own - positions[..., None])
+    def used(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and logarithms of what is forgotten in the slots that are filled."""
+        count = self.filled.shape[1]
+        return self.keys[:, :count], self.values[:, :count], self.log_forget[:, :count]
+
+
+def first_slots(positions: Int[Tensor, "batch time"], slots: int) -> Int[Tensor, "batch time"]:
+    """The slot where the document of each of the last ``time`` tokens begins, if all of it is in the ``slots``."""
+    time = positions.shape[1]
+    return torch.arange(slots - time, slots, device=positions.device) - positions
 
 
 class KeyValueRing(NamedTuple):
@@ -55,8 +63,26 @@ class KeyValueRing(NamedTuple):
     """
 
     keys: Float[Tensor, "batch slot head key"]
-    values: Float[Tensor, "batch slot head key"]
+    values: Float[Tensor, "batch slot head value"]
     position: Int[Tensor, " batch"]
+
+    def before(
+        self, keys: Tensor, values: Tensor, positions: Int[Tensor, "batch time"], window: int, sinks: int
+    ) -> tuple[Tensor, Tensor, Int[Tensor, "batch time"]]:
+        """What it holds, oldest first, in front of new ``keys`` and ``values``; and where each token's document begins.
+
+        Slots that hold nothing come first. What stands between sinks and window is gone, so that a slot's distance to
+        a token is right within the window, and that to the first slot among the sinks.
+        """
+        held = held_positions(self.position, window, sinks)
+        order = held.argsort(-1)
+        rows = torch.arange(len(held), device=held.device)[:, None]
+        keys, values = (
+            torch.cat([old[rows, order], new], 1) for old, new in ((self.keys, keys), (self.values, values))
+        )
+        goes_on = positions == self.position[:, None] + torch.arange(positions.shape[1], device=held.device)
+        empty = (held < 0).sum(-1, keepdim=True)
+        return keys, values, torch.where(goes_on, empty, first_slots(positions, keys.shape[1]))
 
     @classmethod
     def after(
@@ -94,7 +120,14 @@ def held_positions(position: Int[Tensor, " batch"], window: int, sinks: int) -> 
     return torch.where(slot < sinks, torch.where(slot <= last, slot, -1), torch.where(recent >= sinks, recent, -1))
 
 
-def _with_room(x: Tensor, slots: int) -> Tensor:
-    grown = x.new_empty(x.shape[0], slots, *x.shape[2:])
-    grown[:, : x.shape[1]] = x
-    return grown
+def _extended(old: Tensor, used: int, new: Tensor) -> Tensor:
+    """The first ``used`` slots of ``old`` with ``new`` behind them, and room for more when autograd is off."""
+    total = used + new.shape[1]
+    if torch.is_grad_enabled():
+        return torch.cat([old[:, :used], new], 1)
+    if total > old.shape[1]:
+        grown = old.new_empty(len(old), max(2 * old.shape[1], total), *old.shape[2:])
+        grown[:, :used] = old[:, :used]
+        old = grown
+    old[:, used:total] = new
+    return old

@@ -23,7 +23,15 @@ IMPLEMENTATIONS = {
     "sdpa": sdpa.attention,
     "native": native.attention,
 }
-explain = explained("attention", IMPLEMENTATIONS)
+
+
+def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
+    lines = explained("attention", IMPLEMENTATIONS)(time, device, dtype).splitlines()
+    own = (
+        "  sdpa before all where it can serve: nothing forgotten, no cap, no logit of a sink, and all before is visible"
+    )
+    return "\n".join([lines[0], own, *(line for line in lines[1:] if "sdpa" not in line)])
 
 
 def attention(
@@ -76,7 +84,7 @@ def attention(
         raise ValueError(f"attention: soft_cap={soft_cap}; expected a number above 0, or None")
     if prune is not None and (not 0 < prune < 1 or log_forget is None):
         raise ValueError(f"attention: prune={prune}; expected a number between 0 and 1, and log_forget beside it")
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     if window is not None and window >= k.shape[1]:
         window, sinks = None, 0
     plain = sdpa.serves(q, k, log_forget, sink, first, window, soft_cap)
@@ -84,7 +92,7 @@ def attention(
         backend = "sdpa"
     if backend == "sdpa" and not plain:
         raise ValueError(
-            "backend='sdpa' cannot run attention: PyTorch's has no forgetting, no logit of a sink, no cap, and no window "
+            "backend='sdpa' cannot run attention: PyTorch has no forgetting, no logit of a sink, no cap, and no window "
             "or documents without a mask of all pairs; use auto, "
             + ", ".join(n for n in IMPLEMENTATIONS if n != "sdpa")
         )

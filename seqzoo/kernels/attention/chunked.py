@@ -138,7 +138,8 @@ def _blocks(inputs, settings) -> Iterator[_Block]:
     # A window makes blocks as wide as itself: half of what they look at is seen. Sinks stand at the beginnings of
     # documents, which only the data knows.
     everywhere = window is None or (sinks > 0 and first is not None)
-    size = max(1, ROOM // (batch * heads * (slots if everywhere else min(slots, 2 * window + sinks))))
+    width = slots if window is None or everywhere else min(slots, 2 * window + sinks)
+    size = max(1, ROOM // (batch * heads * width))
     size = min(size, time, 512 if window is None else max(window, 64))
     for start in range(0, time, size):
         stop = min(start + size, time)

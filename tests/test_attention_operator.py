@@ -219,7 +219,7 @@ def bad(**changes):
         (bad(), {"sinks": 2}, "sinks=2 with window=None"),
         (bad(), {"soft_cap": 0.0}, "soft_cap=0.0; expected a number above 0"),
         (bad(), {"prune": 1.5}, "prune=1.5; expected a number between 0 and 1"),
-        (bad(), {"backend": "sdpa"}, "backend='sdpa' cannot run attention: PyTorch's has no forgetting"),
+        (bad(), {"backend": "sdpa"}, "backend='sdpa' cannot run attention: PyTorch has no forgetting"),
         (bad(), {"backend": "magic"}, "backend='magic' cannot run attention"),
     ],
 )
