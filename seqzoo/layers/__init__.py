@@ -8,12 +8,15 @@ from seqzoo.layers.attention import Attention
 from seqzoo.layers.based import Based
 from seqzoo.layers.delta_product import DeltaProduct
 from seqzoo.layers.deltanet import DeltaNet
+from seqzoo.layers.differential_attention import DifferentialAttention
+from seqzoo.layers.forgetting_attention import ForgettingAttention
 from seqzoo.layers.gated_deltanet import GatedDeltaNet
 from seqzoo.layers.gated_deltanet2 import GatedDeltaNet2
 from seqzoo.layers.gated_linear_attention import GatedLinearAttention
 from seqzoo.layers.hgrn2 import HGRN2
 from seqzoo.layers.hyena import Hyena
 from seqzoo.layers.kimi_delta_attention import KimiDeltaAttention
+from seqzoo.layers.latent_attention import LatentAttention
 from seqzoo.layers.lightning_attention import LightningAttention
 from seqzoo.layers.long_conv import LongConv
 from seqzoo.layers.lru import LRU
@@ -36,7 +39,7 @@ from seqzoo.layers.slstm import SLSTM
 from seqzoo.layers.swiglu import SwiGLU
 
 FAMILIES = {
-    "attention": (Attention,),
+    "attention": (Attention, DifferentialAttention, ForgettingAttention, LatentAttention),
     "state space": (LRU, Mamba, Mamba2, Mamba3, S4D, S5),
     "linear recurrence": (MinGRU, RGLRU),
     "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet, RWKV6),
@@ -64,11 +67,14 @@ __all__ = [
     "Based",
     "DeltaNet",
     "DeltaProduct",
+    "DifferentialAttention",
+    "ForgettingAttention",
     "GatedDeltaNet",
     "GatedDeltaNet2",
     "GatedLinearAttention",
     "Hyena",
     "KimiDeltaAttention",
+    "LatentAttention",
     "LightningAttention",
     "LongConv",
     "Mamba",
