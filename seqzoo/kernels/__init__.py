@@ -11,6 +11,7 @@ from seqzoo.kernels import dplr_delta_rule as _dplr_delta_rule
 from seqzoo.kernels import gated_delta_product as _gated_delta_product
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
+from seqzoo.kernels import landmark_attention as _landmark_attention
 from seqzoo.kernels import linear_scan as _linear_scan
 from seqzoo.kernels import long_conv as _long_conv
 from seqzoo.kernels import mlstm as _mlstm
@@ -32,4 +33,7 @@ OPERATORS = {
     "diagonal_state_space": _diagonal_state_space.IMPLEMENTATIONS,
     "dplr_delta_rule": _dplr_delta_rule.IMPLEMENTATIONS,
 }
-EVERY_OPERATOR = OPERATORS | {"attention": _attention.IMPLEMENTATIONS}
+EVERY_OPERATOR = OPERATORS | {
+    "attention": _attention.IMPLEMENTATIONS,
+    "landmark_attention": _landmark_attention.IMPLEMENTATIONS,
+}

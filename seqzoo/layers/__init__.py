@@ -16,6 +16,7 @@ from seqzoo.layers.gated_linear_attention import GatedLinearAttention
 from seqzoo.layers.hgrn2 import HGRN2
 from seqzoo.layers.hyena import Hyena
 from seqzoo.layers.kimi_delta_attention import KimiDeltaAttention
+from seqzoo.layers.landmark_attention import LandmarkAttention
 from seqzoo.layers.latent_attention import LatentAttention
 from seqzoo.layers.lightning_attention import LightningAttention
 from seqzoo.layers.long_conv import LongConv
@@ -39,7 +40,7 @@ from seqzoo.layers.slstm import SLSTM
 from seqzoo.layers.swiglu import SwiGLU
 
 FAMILIES = {
-    "attention": (Attention, DifferentialAttention, ForgettingAttention, LatentAttention),
+    "attention": (Attention, DifferentialAttention, ForgettingAttention, LandmarkAttention, LatentAttention),
     "state space": (LRU, Mamba, Mamba2, Mamba3, S4D, S5),
     "linear recurrence": (MinGRU, RGLRU),
     "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet, RWKV6),
@@ -74,6 +75,7 @@ __all__ = [
     "GatedLinearAttention",
     "Hyena",
     "KimiDeltaAttention",
+    "LandmarkAttention",
     "LatentAttention",
     "LightningAttention",
     "LongConv",

@@ -51,7 +51,7 @@ FILES = {"GptOss": "gpt_oss", "Llama4Text": "llama4"}
 
 
 def build(family, theirs, ours):
-    """The pair, and the peer's config. The peer gets angles and its mask from its own model's code: they mean its own."""
+    """The pair, and the peer's config. The peer gets angles and its mask from its own model's code."""
     hf = modeling(FILES.get(family, family.lower()))
     rope = {name: value for name, value in theirs.items() if name in LLAMA3}
     config = getattr(hf, f"{family}Config")(
