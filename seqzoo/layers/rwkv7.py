@@ -19,7 +19,7 @@ from seqzoo.kernels.dplr_delta_rule import dplr_delta_rule
 from seqzoo.mixer import Mixer
 from seqzoo.parts.low_rank import LowRank
 from seqzoo.parts.norm import GroupLayerNorm, l2_normalize
-from seqzoo.parts.token_shift import depth_ratios, ramp, token_shift
+from seqzoo.parts.token_shift import depth_ratios, glance_back, ramp
 
 FASTEST = math.exp(-0.5)
 
@@ -154,8 +154,7 @@ class RWKV7(Mixer):
         starts: Bool[Tensor, "batch time"] | None = None,
         source: Float[Tensor, "batch time dim"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], RWKV7State]:
-        back, last = token_shift(x, state and state.last, starts)
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, back, mix) for mix in self.mix.to(x.dtype))
+        (xr, xw, xk, xv, xa, xg), last = glance_back(x, self.mix, state and state.last, starts, backend=self.backend)
         wide = torch.promote_types(x.dtype, torch.float32)
         log_decay = -FASTEST * torch.sigmoid(self.decay.to(wide) + self.decay_map(xw).to(wide))
         rate = torch.sigmoid(self.rate.to(wide) + self.rate_map(xa).to(wide))
@@ -195,8 +194,8 @@ class RWKV7(Mixer):
         last: RWKV7State,
     ) -> Float[Tensor, "batch time dim"]:
         """The values of ``x``, before any are mixed in."""
-        back, _ = token_shift(x, state and state.last, starts)
-        return self.value(torch.addcmul(x, back, self.mix[3].to(x.dtype)))
+        (xv,), _ = glance_back(x, self.mix[3:4], state and state.last, starts, backend=self.backend)
+        return self.value(xv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         dim = len(self.decay)
