@@ -40,17 +40,6 @@ def rotate_neighbours(
     return torch.stack(_turn(first, second, positions, frequency), -1).flatten(-2).to(x.dtype)
 
 
-def turn_neighbours(
-    x: Float[Tensor, "batch time head key"], angle: Float[Tensor, "batch time head pair"]
-) -> Float[Tensor, "batch time head key"]:
-    """Turn each of the first channel pairs (2i, 2i + 1) by its ``angle``; channels beyond the last pair stay."""
-    pairs = 2 * angle.shape[-1]
-    first, second = x[..., :pairs].unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angle.cos(), angle.sin()
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
-    return torch.cat([turned, x[..., pairs:]], -1)
-
-
 def _turn(first: Tensor, second: Tensor, positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     """Both channels of all pairs; angles are float32 or better."""
     angle = (positions[..., None] * frequency)[:, :, None]
