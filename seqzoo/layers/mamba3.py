@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
+from seqzoo.kernels.gated_skip import gated_skip
 from seqzoo.kernels.turned_keys import turned_keys
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import draw_step_bias
@@ -127,7 +128,7 @@ class Mamba3(Mixer):
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], Mamba3State]:
         z, u, write, read, step, rate, blend, turn = self.projection(x).split(self.widths, -1)
-        u = rearrange(u, "b t (h p) -> b t h p", h=self.num_heads)
+        values = rearrange(u, "b t (h p) -> b t h p", h=self.num_heads)
         wide = torch.promote_types(u.dtype, torch.float32)
         step = F.softplus(step.to(wide) + self.dt_bias.to(wide))
         log_decay = -self._rate(rate.to(wide)).clamp(min=SLOWEST) * step
@@ -142,14 +143,15 @@ class Mamba3(Mixer):
         memory, angle, key, value = (None, None, None, None) if state is None else state
         biases = self.write_bias, self.read_bias
         q, k, v, own, angle, key = turned_keys(
-            write, read, *biases, turn, step, gain, u, angle, key, value, starts, backend=self.backend
+            write, read, *biases, turn, step, gain, values, angle, key, value, starts, backend=self.backend
         )
         y, memory = gated_linear_attention(q, k, v, log_decay, memory, starts, backend=self.backend)
-        memory = memory + (now[:, -1, :, None] * key)[..., None] * u[:, -1, :, None].to(wide)
-        y = y + (now * own + self.skip.to(wide))[..., None].to(u.dtype) * u
+        memory = memory + (now[:, -1, :, None] * key)[..., None] * values[:, -1, :, None].to(wide)
         y = rearrange(y, "b t h p -> b t (h p)")
-        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
-        return self.out(y), Mamba3State(memory, angle, key.to(u.dtype), u[:, -1].clone())
+        gate = z if self.norm is None else None
+        y = gated_skip(y, u, now * own + self.skip.to(wide), gate, activation="silu", backend=self.backend)
+        y = y if self.norm is None else self.norm(y, z)
+        return self.out(y), Mamba3State(memory, angle, key.to(u.dtype), values[:, -1].clone())
 
     def _rate(self, x: Tensor) -> Tensor:
         return F.softplus(x) if self.rate == "softplus" else x.clamp(min=0) + 1 / (1 - x.clamp(max=0))
