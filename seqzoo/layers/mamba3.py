@@ -60,14 +60,14 @@ class Mamba3(Mixer):
             ``softplus`` as in the paper.
         use_norm: whether each head's output is normalised before the gate.
         norm_eps: added to the mean square in all norms.
-        backend: ``auto``, or an implementation that all its operators have (see ``seqzoo layers``).
+        backend: ``auto``, or an implementation that its operator has (see ``seqzoo layers``).
 
     Raises:
         ValueError: sizes do not fit together, ``rope_fraction`` leaves no pair, or ``rate`` is not one of the two.
     """
 
     state_formula = "heads·(state_size·head_dim + state_size·rope_fraction/2 + state_size + head_dim)"
-    operators = ("gated_linear_attention", "linear_scan")
+    operators = ("gated_linear_attention",)
     no_weight_decay = frozenset({"write_bias", "read_bias"})
 
     def __init__(

@@ -43,12 +43,12 @@ void forward(const Shift<T, O>& shift, O* const* to, int64_t threads) {
     parallel_for(int(threads), (rows + TOKENS - 1) / TOKENS, [&](int64_t task) {
         for (int64_t row = task * TOKENS; row < std::min(rows, (task + 1) * TOKENS); row++) {
             const T *x = shift.x + row * dim, *before = shift.before(row);
-            for_each_vector<T>(dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-                V now = load(x + i), back = before ? load(before + i) - now : -now;
-                for (int64_t z = 0; z < shift.glances; z++) {
+            for (int64_t z = 0; z < shift.glances; z++) {
+                for_each_vector<T>(dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+                    V now = load(x + i), back = before ? load(before + i) - now : -now;
                     store(to[z] + row * dim + i, fma(back, shift.whole_mix(z, row, i, load), now));
-                }
-            });
+                });
+            }
         }
     });
 }
@@ -72,32 +72,41 @@ void backward(const Shift<T, O>& shift, const Gradients<T, O>& grad, int64_t thr
     parallel_for(int(threads), tasks, [&](int64_t task) {
         W* sums = all_sums + task * learned;
         W* passed = workspace<1, W>(dim);  // what the token after sends back
+        W *back = workspace<2, W>(dim), *kept = workspace<3, W>(dim), *returned = workspace<4, W>(dim);
         std::fill_n(sums, learned, W(0));
         std::fill_n(passed, dim, W(0));
         const int64_t b = task / pieces, piece = task % pieces;
         const int64_t begin = b * time + piece * time / pieces, end = b * time + (piece + 1) * time / pieces;
         if (end < (b + 1) * time && shift.before(end)) {
-            for_each_vector<T>(dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-                V total{};
-                for (int64_t z = 0; z < shift.glances; z++) {
-                    total = fma(load(grad.glances[z] + end * dim + i), shift.whole_mix(z, end, i, load), total);
-                }
-                store(passed + i, total);
-            });
+            for (int64_t z = 0; z < shift.glances; z++) {
+                for_each_vector<T>(dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+                    V g = load(grad.glances[z] + end * dim + i);
+                    store(passed + i, fma(g, shift.whole_mix(z, end, i, load), load(passed + i)));
+                });
+            }
         }
         for (int64_t row = end - 1; row >= begin; row--) {
             const T *x = shift.x + row * dim, *before = shift.before(row);
             for_each_vector<T>(dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-                V now = load(x + i), back = before ? load(before + i) - now : -now, total{}, returned{};
-                for (int64_t z = 0; z < shift.glances; z++) {
-                    V g = load(grad.glances[z] + row * dim + i), along = g * back;
-                    total += g;
-                    returned = fma(g, shift.whole_mix(z, row, i, load), returned);
+                V now = load(x + i);
+                store(back + i, before ? load(before + i) - now : -now);
+                store(kept + i, load(passed + i));
+                store(returned + i, V{});
+            });
+            // Glance by glance: all rows of one token at once lie in the same few lines of the cache.
+            for (int64_t z = 0; z < shift.glances; z++) {
+                for_each_vector<T>(dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+                    V g = load(grad.glances[z] + row * dim + i), along = g * load(back + i);
+                    V sent = g * shift.whole_mix(z, row, i, load);
+                    store(kept + i, load(kept + i) + g - sent);
+                    store(returned + i, load(returned + i) + sent);
                     store(sums + z * dim + i, load(sums + z * dim + i) + along);
                     if (grad.more) store(grad.more + (z * shift.batch * time + row) * dim + i, along);
-                }
-                store(grad.x + row * dim + i, total - returned + load(passed + i));
-                store(passed + i, before ? returned : V{});
+                });
+            }
+            for_each_vector<T>(dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+                store(grad.x + row * dim + i, load(kept + i));
+                store(passed + i, before ? load(returned + i) : V{});
             });
         }
         if (piece == 0 && grad.last) {

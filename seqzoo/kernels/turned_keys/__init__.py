@@ -105,5 +105,5 @@ def turned_keys(
     check_numbers("turned_keys", starts, write=write, read=read, values=values, **learned, **given)
     wide = torch.promote_types(values.dtype, torch.float32)
     write_bias, read_bias, turn, step, gain = (z.to(wide) for z in (write_bias, read_bias, turn, step, gain))
-    inputs = write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value, starts, backend
+    inputs = write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value, starts
     return Turned(*dispatch_elementwise("turned_keys", IMPLEMENTATIONS, backend, values, *inputs))

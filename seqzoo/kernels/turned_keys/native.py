@@ -18,7 +18,7 @@ CHUNK = 32
 GIVEN = 7
 
 
-def turned_keys(write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value, starts, backend):
+def turned_keys(write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value, starts):
     dtype, wide = values.dtype, accumulation_dtype(values)
     if dtype == torch.float16:
         write, read, values = write.float(), read.float(), values.float()

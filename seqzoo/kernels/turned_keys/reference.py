@@ -1,4 +1,4 @@
-"""The equation in plain PyTorch, for any device, with everything inside in float32 or better."""
+"""The equation in plain PyTorch, for any device, inside in float32 or better; only sums of angles are an operator's."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from seqzoo.kernels.backends import accumulation_dtype
 from seqzoo.kernels.linear_scan import linear_scan
 
 
-def turned_keys(
-    write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value, starts, backend="auto"
-):
+def turned_keys(write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value, starts):
     dtype, wide = values.dtype, accumulation_dtype(values)
     shared = values.shape[2] // write.shape[2]
     write, read = (
         z.to(wide).repeat_interleave(shared, 2) + bias for z, bias in ((write, write_bias), (read, read_bias))
     )
-    angles = _accumulate(turn[:, :, None] * step[..., None], angle, starts, backend)
+    angles = _accumulate(turn[:, :, None] * step[..., None], angle, starts)
     turned, q = _turn(write, angles), _turn(read, angles)
     k, v = gain[..., None] * _delay(turned, key), _delay(values, value)
     if starts is not None:
@@ -27,11 +25,11 @@ def turned_keys(
     return q.to(dtype), k.to(dtype), v, own, angles[:, -1].clone(), turned[:, -1].clone()
 
 
-def _accumulate(turns, angle, starts, backend):
+def _accumulate(turns, angle, starts):
     """Sums of ``turns`` since the document's start, in [0, 2 pi), summed in float64 where there is such a thing."""
     long = turns.to(turns.dtype if turns.device.type == "mps" else torch.float64).flatten(2)
     before = None if angle is None else angle.flatten(1).to(long.dtype)
-    sums, _ = linear_scan(long.new_ones(long.shape[2]), long, before, starts, backend=backend)
+    sums, _ = linear_scan(long.new_ones(long.shape[2]), long, before, starts)
     return (sums % (2 * math.pi)).to(turns.dtype).unflatten(2, turns.shape[2:])
 
 
