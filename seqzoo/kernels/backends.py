@@ -86,6 +86,24 @@ def dispatch(
         return run(*inputs)
 
 
+def dispatch_elementwise(
+    operator: str, implementations: Mapping[str, Callable[..., Any]], backend: str, sample: Tensor, *inputs: Any
+) -> Any:
+    """Call ``native`` for a ``backend`` of that name, or ``auto`` where it can run; else ``reference``, plain PyTorch.
+
+    For what a layer does beside its operators, at the layer's backend, which may be one that only those have.
+
+    Raises:
+        ValueError: ``backend`` is ``native``, and it cannot run.
+    """
+    why = why_not("native", sample.device, sample.dtype)
+    if backend == "native" and why is not None:
+        raise ValueError(f"backend='native' cannot run {operator}: {why}; use auto or reference")
+    run = implementations["native" if backend in ("auto", "native") and why is None else "reference"]
+    with torch.autocast(sample.device.type, enabled=False):
+        return run(*inputs)
+
+
 def explained(operator: str, implementations: Mapping[str, Callable[..., Any]]) -> Callable[..., str]:
     """The function ``explain`` of an operator's module."""
 

@@ -18,9 +18,10 @@
 
     differentiable(FORWARD, save, backward)
 
-Schemas take Tensor, Tensor?, int, float, bool and str. An operator returns tensors only: where an input is None, its
-gradient is an empty tensor (`x.new_empty(0)`) that `backward` replaces by None. Gradients of outputs that nobody used
-arrive as zeros. No implementation may change its inputs.
+Schemas take Tensor, Tensor?, int, float, bool and str. An operator returns tensors only; where their number varies, a
+list of them (Tensor[]), whose gradients `backward` gets one by one. Where an input is None, its gradient is an empty
+tensor (`x.new_empty(0)`) that `backward` replaces by None. Gradients of outputs that nobody used arrive as zeros. No
+implementation may change its inputs.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def differentiable(operator: Any, save: Callable[..., None], backward: Callable[
         def forward(ctx: Any, *inputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = operator(*inputs)
+            outputs = tuple(outputs) if isinstance(outputs, list) else outputs
             save(ctx, inputs, outputs)
             return outputs
 

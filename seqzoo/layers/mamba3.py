@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
-from seqzoo.kernels.linear_scan import linear_scan
+from seqzoo.kernels.gated_skip import gated_skip
+from seqzoo.kernels.turned_keys import turned_keys
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import draw_step_bias
 from seqzoo.parts.norm import GroupRMSNorm
-from seqzoo.parts.rotary import turn_neighbours
 
 Rate = Literal["heavy_tail", "softplus"]
 SLOWEST = 1e-4
@@ -60,14 +60,14 @@ class Mamba3(Mixer):
             ``softplus`` as in the paper.
         use_norm: whether each head's output is normalised before the gate.
         norm_eps: added to the mean square in all norms.
-        backend: ``auto``, or an implementation that all its operators have (see ``seqzoo layers``).
+        backend: ``auto``, or an implementation that its operator has (see ``seqzoo layers``).
 
     Raises:
         ValueError: sizes do not fit together, ``rope_fraction`` leaves no pair, or ``rate`` is not one of the two.
     """
 
     state_formula = "heads·(state_size·head_dim + state_size·rope_fraction/2 + state_size + head_dim)"
-    operators = ("gated_linear_attention", "linear_scan")
+    operators = ("gated_linear_attention",)
     no_weight_decay = frozenset({"write_bias", "read_bias"})
 
     def __init__(
@@ -128,65 +128,39 @@ class Mamba3(Mixer):
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], Mamba3State]:
         z, u, write, read, step, rate, blend, turn = self.projection(x).split(self.widths, -1)
-        u = rearrange(u, "b t (h p) -> b t h p", h=self.num_heads)
+        values = rearrange(u, "b t (h p) -> b t h p", h=self.num_heads)
         wide = torch.promote_types(u.dtype, torch.float32)
         step = F.softplus(step.to(wide) + self.dt_bias.to(wide))
         log_decay = -self._rate(rate.to(wide)).clamp(min=SLOWEST) * step
         blend = blend.to(wide).sigmoid()
         now, earlier = blend * step, (1 - blend) * step
 
-        turns = turn.to(wide).tanh()[:, :, None] * step[..., None] * torch.pi
-        angle = self._accumulate(turns, state and state.angle, starts)
-        k = self._per_head(write, self.write_norm, self.write_bias)
-        q = self._per_head(read, self.read_norm, self.read_bias)
-        own = now * (k * q).sum(-1)  # both turn by the same angle
-        k, q = turn_neighbours(k, angle), turn_neighbours(q, angle)
+        write, read = (self._per_group(norm(z)) for norm, z in ((self.write_norm, write), (self.read_norm, read)))
+        turn = math.pi * turn.to(wide).tanh()
 
         # What the last token writes for itself is in the state already; what it writes for the next is not.
-        k_before = _delay(k.to(u.dtype), state and state.key)
-        u_before = _delay(u, state and state.value)
-        gain = log_decay.exp() * (earlier + _delay(now, None))
-        if starts is not None:
-            gain = gain.masked_fill(starts[..., None], 0)
-        y, memory = gated_linear_attention(
-            q.to(u.dtype),
-            k_before,
-            u_before * gain[..., None].to(u.dtype),
-            log_decay,
-            state and state.memory,
-            starts,
-            backend=self.backend,
+        gain = log_decay.exp() * (earlier + F.pad(now[:, :-1], (0, 0, 1, 0)))
+        memory, angle, key, value = (None, None, None, None) if state is None else state
+        biases = self.write_bias, self.read_bias
+        q, k, v, own, angle, key = turned_keys(
+            write, read, *biases, turn, step, gain, values, angle, key, value, starts, backend=self.backend
         )
-        memory = memory + (now[:, -1, :, None] * k[:, -1])[..., None] * u[:, -1, :, None].to(wide)
-        y = y + (own + self.skip.to(wide))[..., None].to(u.dtype) * u
+        y, memory = gated_linear_attention(q, k, v, log_decay, memory, starts, backend=self.backend)
+        memory = memory + (now[:, -1, :, None] * key)[..., None] * values[:, -1, :, None].to(wide)
         y = rearrange(y, "b t h p -> b t (h p)")
-        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
-        last = (part[:, -1].clone() for part in (angle, k.to(u.dtype), u))
-        return self.out(y), Mamba3State(memory, *last)
+        gate = z if self.norm is None else None
+        y = gated_skip(y, u, now * own + self.skip.to(wide), gate, activation="silu", backend=self.backend)
+        y = y if self.norm is None else self.norm(y, z)
+        return self.out(y), Mamba3State(memory, angle, key.to(u.dtype), values[:, -1].clone())
 
     def _rate(self, x: Tensor) -> Tensor:
         return F.softplus(x) if self.rate == "softplus" else x.clamp(min=0) + 1 / (1 - x.clamp(max=0))
 
-    def _per_head(self, x: Tensor, norm: nn.Module, bias: Tensor) -> Tensor:
-        """B or C normalised, for each head with its bias, in float32 or better."""
-        groups = norm(x).unflatten(-1, (-1, bias.shape[1])).to(torch.promote_types(x.dtype, torch.float32))
-        return groups.repeat_interleave(self.num_heads // groups.shape[2], 2) + bias.to(groups.dtype)
-
-    def _accumulate(self, turns: Tensor, angle: Tensor | None, starts: Tensor | None) -> Tensor:
-        """Sums of ``turns`` since the document's start, in [0, 2 pi), summed in float64 where there is such a thing."""
-        long = turns.to(turns.dtype if turns.device.type == "mps" else torch.float64).flatten(2)
-        before = None if angle is None else angle.flatten(1).to(long.dtype)
-        sums, _ = linear_scan(long.new_ones(long.shape[2]), long, before, starts, backend=self.backend)
-        return (sums % (2 * math.pi)).to(turns.dtype).unflatten(2, turns.shape[2:])
+    def _per_group(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.write_bias.shape[1]))
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         heads, size = self.write_bias.shape
         channels, pairs = self.out.in_features // heads, self.widths[-1]
         wide = torch.promote_types(dtype, torch.float32)
         return heads * ((size * channels + pairs) * wide.itemsize + (size + channels) * dtype.itemsize)
-
-
-def _delay(x: Tensor, first: Tensor | None) -> Tensor:
-    """``x`` one token later, ``first`` in front; None is zero."""
-    front = torch.zeros_like(x[:, :1]) if first is None else first[:, None].to(x.dtype)
-    return torch.cat([front, x[:, :-1]], 1)

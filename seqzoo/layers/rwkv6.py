@@ -18,7 +18,7 @@ from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 from seqzoo.mixer import Mixer
 from seqzoo.parts.low_rank import LowRank
 from seqzoo.parts.norm import GroupLayerNorm
-from seqzoo.parts.token_shift import depth_ratios, ramp, token_shift
+from seqzoo.parts.token_shift import depth_ratios, glance_back, ramp
 
 
 class RWKV6State(NamedTuple):
@@ -115,11 +115,11 @@ class RWKV6(Mixer):
         state: RWKV6State | None = None,
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], RWKV6State]:
-        back, last = token_shift(x, state and state.last, starts)
-        mix = self.mix.to(x.dtype)
-        low = torch.tanh(torch.addcmul(x, back, mix[0]) @ self.mix_down).unflatten(-1, (5, -1))
-        glances = mix[1:, None, None] + torch.einsum("btzr,zrd->zbtd", low, self.mix_up)
-        xw, xk, xv, xr, xg = (torch.addcmul(x, back, glance) for glance in glances)
+        before = state and state.last
+        (seen,), last = glance_back(x, self.mix[:1], before, starts, backend=self.backend)
+        low = torch.tanh(seen @ self.mix_down).unflatten(-1, (5, -1))
+        more = torch.einsum("btzr,zrd->zbtd", low, self.mix_up)
+        (xw, xk, xv, xr, xg), _ = glance_back(x, self.mix[1:], before, starts, more=more, backend=self.backend)
         wide = torch.promote_types(x.dtype, torch.float32)
         log_decay = -(self.decay.to(wide) + self.decay_map(xw).to(wide)).exp()
         r, k, v, log_decay = (

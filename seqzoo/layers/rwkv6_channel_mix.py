@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.mixer import Mixer
-from seqzoo.parts.token_shift import ShiftState, depth_ratios, ramp, token_shift
+from seqzoo.parts.token_shift import ShiftState, depth_ratios, glance_back, ramp
 
 
 class RWKV6ChannelMix(Mixer):
@@ -60,8 +60,7 @@ class RWKV6ChannelMix(Mixer):
         state: ShiftState | None = None,
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], ShiftState]:
-        back, last = token_shift(x, state and state.last, starts)
-        xk, xr = (torch.addcmul(x, back, mix) for mix in self.mix.to(x.dtype))
+        (xk, xr), last = glance_back(x, self.mix, state and state.last, starts)
         return torch.sigmoid(self.receptance(xr)) * self.out(F.relu(self.key(xk)).square()), ShiftState(last)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

@@ -8,7 +8,6 @@ out: the layer norm after the embedding, and the doubled learning rate of decays
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,12 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.dplr_delta_rule import dplr_delta_rule
+from seqzoo.kernels.erasing_keys import erasing_keys
+from seqzoo.kernels.gated_skip import gated_skip
 from seqzoo.mixer import Mixer
 from seqzoo.parts.low_rank import LowRank
-from seqzoo.parts.norm import GroupLayerNorm, l2_normalize
-from seqzoo.parts.token_shift import depth_ratios, ramp, token_shift
-
-FASTEST = math.exp(-0.5)
+from seqzoo.parts.norm import GroupLayerNorm
+from seqzoo.parts.token_shift import depth_ratios, glance_back, ramp
 
 
 def _rank(dim: int, scale: float) -> int:
@@ -154,37 +153,30 @@ class RWKV7(Mixer):
         starts: Bool[Tensor, "batch time"] | None = None,
         source: Float[Tensor, "batch time dim"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], RWKV7State]:
-        back, last = token_shift(x, state and state.last, starts)
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, back, mix) for mix in self.mix.to(x.dtype))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        log_decay = -FASTEST * torch.sigmoid(self.decay.to(wide) + self.decay_map(xw).to(wide))
-        rate = torch.sigmoid(self.rate.to(wide) + self.rate_map(xa).to(wide))
-        k, v = self.key(xk), self.value(xv)
+        (xr, xw, xk, xv, xa, xg), last = glance_back(x, self.mix, state and state.last, starts, backend=self.backend)
+        v = self.value(xv)
         if self.value_map is not None:
             if source is None:
                 raise ValueError("value_residual=True, but there is nothing to read: name it in the stack's reads")
             v = torch.lerp(v, source.to(v.dtype), torch.sigmoid(self.value_map(xv)))
         elif source is not None:
             raise ValueError("value_residual=False reads no other layer; the stack's reads names one")
-        written = (k * (1 + (rate - 1) * self.key_rate.to(wide))).to(k.dtype)
-        r, v, written, scaled, rate, log_decay = (
-            z.unflatten(-1, (-1, self.head_dim))
-            for z in (self.receptance(xr), v, written, k * self.key_scale.to(k.dtype), rate, log_decay)
+        r, learned = self.receptance(xr), (self.decay, self.rate, self.key_scale, self.key_rate, self.bonus)
+        log_decay, written, erased, restored, own = erasing_keys(
+            r, self.key(xk), self.decay_map(xw), self.rate_map(xa), *learned, backend=self.backend
         )
-        unit = l2_normalize(scaled.to(wide), eps=1e-24, backend=self.backend)
         y, memory = dplr_delta_rule(
-            r,
+            r.view_as(written),
             written,
-            v,
-            -unit.to(v.dtype),
-            (unit * rate).to(v.dtype),
+            v.view_as(written),
+            erased,
+            restored,
             log_decay,
             state and state.memory,
             starts,
             backend=self.backend,
         )
-        own = (r * written * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v
-        y = (self.norm(y.flatten(2)) + own.flatten(2)) * self.gate_map(xg)
+        y = gated_skip(self.norm(y.flatten(2)), v, own, self.gate_map(xg), backend=self.backend)
         return self.out(y), RWKV7State(memory, last)
 
     def share(
@@ -195,8 +187,8 @@ class RWKV7(Mixer):
         last: RWKV7State,
     ) -> Float[Tensor, "batch time dim"]:
         """The values of ``x``, before any are mixed in."""
-        back, _ = token_shift(x, state and state.last, starts)
-        return self.value(torch.addcmul(x, back, self.mix[3].to(x.dtype)))
+        (xv,), _ = glance_back(x, self.mix[3:4], state and state.last, starts, backend=self.backend)
+        return self.value(xv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         dim = len(self.decay)

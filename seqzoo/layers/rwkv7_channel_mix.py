@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.mixer import Mixer
-from seqzoo.parts.token_shift import ShiftState, depth_ratios, ramp, token_shift
+from seqzoo.parts.token_shift import ShiftState, depth_ratios, glance_back, ramp
 
 
 class RWKV7ChannelMix(Mixer):
@@ -56,8 +56,8 @@ class RWKV7ChannelMix(Mixer):
         state: ShiftState | None = None,
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], ShiftState]:
-        back, last = token_shift(x, state and state.last, starts)
-        return self.out(F.relu(self.key(torch.addcmul(x, back, self.mix.to(x.dtype)))).square()), ShiftState(last)
+        (seen,), last = glance_back(x, self.mix[None], state and state.last, starts)
+        return self.out(F.relu(self.key(seen)).square()), ShiftState(last)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         return len(self.mix) * dtype.itemsize

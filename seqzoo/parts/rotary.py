@@ -77,13 +77,8 @@ class Rotary(NamedTuple):
             stretch = 0.1 * math.log(self.factor) + 1
             cos, sin = cos * stretch, sin * stretch
         turning, rest = x[..., : self.size].to(dtype), x[..., self.size :]
-        if self.layout == "halves":
-            first, second = turning.chunk(2, -1)
-            turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-        else:
-            first, second = turning.unflatten(-1, (-1, 2)).unbind(-1)
-            turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
-        return torch.cat([turned.to(x.dtype), rest], -1) if rest.shape[-1] else turned.to(x.dtype)
+        turned = _turn(turning, cos, sin, self.layout).to(x.dtype)
+        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
     def frequencies(self, device: torch.device, dtype: torch.dtype) -> Float[Tensor, " pair"]:
         """The angle of each pair from token to token: ``base^(-2i/size)``, scaled."""
@@ -125,15 +120,14 @@ def rotate_neighbours(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     frequency = base ** -torch.linspace(0, 1, x.shape[-1] // 2, dtype=dtype, device=x.device)
-    return turn_neighbours(x.to(dtype), (positions[..., None] * frequency)[:, :, None]).to(x.dtype)
+    angle = (positions[..., None] * frequency)[:, :, None]
+    return _turn(x.to(dtype), angle.cos(), angle.sin(), "neighbours").to(x.dtype)
 
 
-def turn_neighbours(
-    x: Float[Tensor, "batch time head key"], angle: Float[Tensor, "rows time heads pair"]
-) -> Float[Tensor, "batch time head key"]:
-    """Turn each of the first channel pairs (2i, 2i + 1) by its ``angle``; channels beyond the last pair stay."""
-    pairs = 2 * angle.shape[-1]
-    first, second = x[..., :pairs].unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angle.cos(), angle.sin()
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
-    return torch.cat([turned, x[..., pairs:]], -1)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout) -> Tensor:
+    """All pairs of channels, with the cosine and sine of their angles ``[rows, time, 1, pair]``."""
+    if layout == "halves":
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)

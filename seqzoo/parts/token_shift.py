@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqzoo.kernels.token_shift import token_shift
+
 
 class ShiftState(NamedTuple):
     """The last token that was read."""
@@ -15,23 +17,31 @@ class ShiftState(NamedTuple):
     last: Float[Tensor, "batch dim"]
 
 
-def token_shift(
+def glance_back(
     x: Float[Tensor, "batch time dim"],
+    mix: Float[Tensor, "glance dim"],
     last: Float[Tensor, "batch dim"] | None,
     starts: Bool[Tensor, "batch time"] | None,
-) -> tuple[Float[Tensor, "batch time dim"], Float[Tensor, "batch dim"]]:
-    """The way back from each token to the one before, ``x_{t-1} - x_t``, where zero precedes a document; and the last.
+    *,
+    more: Float[Tensor, "glance batch time dim"] | None = None,
+    backend: str = "auto",
+) -> tuple[tuple[Float[Tensor, "batch time dim"], ...], Float[Tensor, "batch dim"]]:
+    """``x_t + (x_{t-1} - x_t) * mix`` for each row of ``mix``, where zero precedes a document; and the last token.
+
+    Glances are what projections read: under autocast they come in the dtype that those would cast them to.
 
     Args:
         x: tokens.
+        mix: how far each glance goes back.
         last: the token before the first; None at the start of a sequence.
         starts: True where a new document begins.
+        more: added to ``mix``, by token.
+        backend: the layer's.
     """
-    first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
-    before = torch.cat([first, x[:, :-1]], 1)
-    if starts is not None:
-        before = before.masked_fill(starts[..., None], 0)
-    return before - x, x[:, -1].clone()  # a view would keep all of x in memory
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    glances = token_shift(x, mix, last, starts, more=more, dtype=dtype, backend=backend)
+    return glances, x[:, -1].clone()  # a view would keep all of x in memory
 
 
 def depth_ratios(layer_index: int, num_layers: int) -> tuple[float, float]:

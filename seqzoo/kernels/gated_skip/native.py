@@ -1,0 +1,90 @@
+"""The equation in C++ (native.cpp), for the CPU: one pass over memory forward, one backward that computes it again."""
+
+from __future__ import annotations
+
+import torch
+
+from seqzoo.kernels.native.tensors import DTYPES, Function, fresh
+from seqzoo.kernels.torch_operators import define, differentiable
+
+_forward = Function("gated_skip_forward")
+_backward = Function("gated_skip_backward")
+# Below this many outputs waking a second thread costs more than it saves.
+SMALL = 1 << 15
+
+
+def gated_skip(x, skip, weight, gate, activation):
+    dtype = x.dtype
+    if dtype == torch.float16:
+        x, skip, gate = x.float(), skip.float(), None if gate is None else gate.float()
+    weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+    return FORWARD(x, skip, weight, gate, activation == "silu").to(dtype)
+
+
+def _rows(x):
+    """``x`` as ``[token, width]`` with any distance between tokens, copied only where it has no such form."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _prepared(x, skip, weight, gate, silu):
+    """What both functions take: threads, dtype and sizes; then addresses, for tokens may lie apart."""
+    threads = torch.get_num_threads() if x.numel() > SMALL else 1
+    tensors = [None if z is None else _rows(z) for z in (x, skip, gate)]
+    strides = [0 if z is None else z.stride(0) for z in tensors]
+    weight = weight.contiguous()
+    heads = weight.shape[-1]
+    settings = threads, DTYPES[x.dtype], weight.numel(), heads, x.shape[-1] // heads, silu, *strides
+    return settings, [*tensors, weight]
+
+
+def _run(x, skip, weight, gate, silu):
+    y = x.new_empty(x.shape)
+    fresh(y)
+    if x.numel():
+        settings, tensors = _prepared(x, skip, weight, gate, silu)
+        _forward(*settings, *(0 if z is None else z.data_ptr() for z in tensors), y)
+    return y
+
+
+def _fake(x, skip, weight, gate, silu):
+    return x.new_empty(x.shape)
+
+
+def _run_backward(dy, x, skip, weight, gate, silu):
+    gradients = _fake_backward(dy, x, skip, weight, gate, silu)
+    fresh(*gradients)
+    if x.numel():
+        settings, tensors = _prepared(x, skip, weight, gate, silu)
+        addresses = (0 if z is None else z.data_ptr() for z in tensors)
+        dx, dskip, dweight, dgate = gradients
+        _backward(*settings, *addresses, dy.contiguous(), dx, dskip, dweight, None if gate is None else dgate)
+    return gradients
+
+
+def _fake_backward(dy, x, skip, weight, gate, silu):
+    return tuple(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in (x, skip, weight, gate))
+
+
+_INPUTS = "Tensor x, Tensor skip, Tensor weight, Tensor? gate, bool silu"
+FORWARD = define(f"gated_skip_native({_INPUTS}) -> Tensor", _run, _fake, device="CPU")
+BACKWARD = define(
+    f"gated_skip_native_backward(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+    device="CPU",
+)
+
+
+def _save(ctx, inputs, outputs):
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, dy):
+    x, skip, weight, gate = ctx.saved_tensors
+    dx, dskip, dweight, dgate = BACKWARD(dy, x, skip, weight, gate, ctx.silu)
+    return dx, dskip, dweight, None if gate is None else dgate, None
+
+
+differentiable(FORWARD, _save, _gradients)

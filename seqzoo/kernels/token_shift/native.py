@@ -1,0 +1,93 @@
+"""The equation in C++ (native.cpp), for the CPU: one pass over memory forward, and one backward."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from seqzoo.kernels.native.tensors import DTYPES, Function, dense, fresh
+from seqzoo.kernels.torch_operators import define, differentiable
+
+_forward = Function("token_shift_forward")
+_backward = Function("token_shift_backward")
+# Below this many outputs waking a second thread costs more than it saves.
+SMALL = 1 << 15
+
+
+def token_shift(x, mix, last, starts, more, dtype):
+    # Inside, glances and what is added to mixes are as wide as x, or both in bfloat16.
+    narrow = dtype == torch.bfloat16 and x.dtype != torch.float64 and (more is None or more.dtype == dtype)
+    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not narrow):
+        x = x.float()
+    inner = torch.bfloat16 if narrow else x.dtype
+    mix = mix.to(torch.promote_types(x.dtype, torch.float32))
+    last, more = None if last is None else last.to(x.dtype), None if more is None else more.to(inner)
+    glances = FORWARD(x, mix, last, starts, more, narrow)
+    return tuple(glances) if inner == dtype else tuple(z.to(dtype) for z in glances)
+
+
+def _settings(x, mix, narrow):
+    """What both functions take first: threads, and the codes of the dtypes."""
+    threads = torch.get_num_threads() if x.numel() * len(mix) > SMALL else 1
+    return threads, DTYPES[x.dtype], DTYPES[torch.bfloat16 if narrow else x.dtype]
+
+
+def _addresses(tensors):
+    return (ctypes.c_void_p * len(tensors))(*(z.data_ptr() for z in tensors))
+
+
+def _run(x, mix, last, starts, more, narrow):
+    glances = _fake(x, mix, last, starts, more, narrow)
+    x, mix, last, starts, more = dense(x, mix, last, starts, more)
+    fresh(*glances)
+    if x.numel():
+        _forward(*_settings(x, mix, narrow), x, mix, last, starts, more, _addresses(glances), len(mix), *x.shape)
+    return glances
+
+
+def _fake(x, mix, last, starts, more, narrow):
+    dtype = torch.bfloat16 if narrow else x.dtype
+    return [x.new_empty(x.shape, dtype=dtype) for _ in range(len(mix))]
+
+
+def _run_backward(grads, x, mix, last, starts, more, narrow):
+    grads = dense(*grads)
+    x, mix, last, starts, more = dense(x, mix, last, starts, more)
+    gradients = _fake_backward(grads, x, mix, last, starts, more, narrow)
+    if not x.numel():
+        return tuple(z.zero_() for z in gradients)
+    dx, dmix, dlast, dmore = gradients
+    fresh(dx, dmore)
+    to = dx, dmix, *(None if z is None else gradient for z, gradient in ((last, dlast), (more, dmore)))
+    inputs = _addresses(grads), x, mix, last, starts, more
+    _backward(*_settings(x, mix, narrow), *inputs, *to, len(mix), *x.shape)
+    return gradients
+
+
+def _fake_backward(grads, x, mix, last, starts, more, narrow):
+    return tuple(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in (x, mix, last, more))
+
+
+_INPUTS = "Tensor x, Tensor mix, Tensor? last, Tensor? starts, Tensor? more, bool narrow"
+FORWARD = define(f"token_shift_native({_INPUTS}) -> Tensor[]", _run, _fake, device="CPU")
+BACKWARD = define(
+    f"token_shift_native_backward(Tensor[] grads, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+    device="CPU",
+)
+
+
+def _save(ctx, inputs, outputs):
+    *tensors, ctx.narrow = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, *grads):
+    x, mix, last, starts, more = ctx.saved_tensors
+    dx, dmix, dlast, dmore = BACKWARD(grads, x, mix, last, starts, more, ctx.narrow)
+    return dx, dmix, None if last is None else dlast, None, None if more is None else dmore, None
+
+
+differentiable(FORWARD, _save, _gradients)
