@@ -80,6 +80,10 @@ def mixers(dim: int) -> dict[str, dict[str, Any]]:
     return {
         "Attention": {"num_heads": 1, "positions": "none"},
         "Attention, window": {"num_heads": 1, "positions": "none", "window": quarter},
+        "DifferentialAttention": {"num_heads": 1, "rope_base": None},
+        "ForgettingAttention": {"num_heads": 1, "shift": False, "use_gate": False},
+        "LandmarkAttention": {"num_heads": 1, "positions": "none", "block_size": 8},
+        "LatentAttention": {"num_heads": 1, "latent_dim": half, "rope_dim": 2},
         "LRU": {"state_size": dim * quarter},
         "Mamba": {"state_size": quarter},
         "Mamba2": {"state_size": quarter, "head_dim": half},
