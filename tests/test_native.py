@@ -263,34 +263,21 @@ def _scale(x, factor, bias):
     return x * factor + (0 if bias is None else bias), factor.clone()
 
 
-def _scale_backward(y_grad, factor_grad, x, factor, bias):
-    no_bias = x.new_empty(0)
-    return y_grad * factor, (y_grad * x).sum(0) + factor_grad, no_bias if bias is None else y_grad.sum(0)
-
-
-def _scale_backward_fake(y_grad, factor_grad, x, factor, bias):
-    return x.new_empty(x.shape), x.new_empty(factor.shape), x.new_empty(0 if bias is None else bias.shape)
+def _scale_backward(y_grad, same_grad, x, factor, bias):
+    return y_grad * factor, (y_grad * x).sum(0) + same_grad, y_grad.sum(0)
 
 
 @pytest.fixture(scope="session")
 def scale():
     """An operator that does what the recipe in torch_operators.py says: x factor + bias, and factor itself."""
-    arguments = "Tensor x, Tensor factor, Tensor? bias"
     forward = define(
-        f"test_scale({arguments}) -> (Tensor, Tensor)",
+        "test_scale(Tensor x, Tensor factor, Tensor? bias) -> (Tensor y, Tensor same)",
         _scale,
         lambda x, factor, bias: (x.new_empty(x.shape), factor.new_empty(factor.shape)),
         device="CPU",
     )
-    schema = f"test_scale_backward(Tensor y_grad, Tensor factor_grad, {arguments}) -> (Tensor, Tensor, Tensor)"
-    backward = define(schema, _scale_backward, _scale_backward_fake, device="CPU")
-
-    def gradients(ctx, *grads):
-        x, factor, bias = ctx.saved_tensors
-        x_grad, factor_grad, bias_grad = backward(*grads, x, factor, bias)
-        return x_grad, factor_grad, None if bias is None else bias_grad
-
-    differentiable(forward, lambda ctx, inputs, outputs: ctx.save_for_backward(*inputs), gradients)
+    gradient = "y_grad, same_grad, x, factor, bias -> x, factor, bias"
+    differentiable(forward, gradient, _scale_backward, device="CPU")
     return forward
 
 
