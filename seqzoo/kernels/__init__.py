@@ -9,6 +9,7 @@ from seqzoo.kernels import dplr_delta_rule as _dplr_delta_rule
 from seqzoo.kernels import gated_delta_product as _gated_delta_product
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
+from seqzoo.kernels import gated_norm as _gated_norm
 from seqzoo.kernels import linear_scan as _linear_scan
 from seqzoo.kernels import long_conv as _long_conv
 from seqzoo.kernels import mlstm as _mlstm
@@ -16,7 +17,7 @@ from seqzoo.kernels import selective_scan as _selective_scan
 from seqzoo.kernels import short_conv as _short_conv
 from seqzoo.kernels.backends import checked_ranges
 
-__all__ = ["OPERATORS", "checked_ranges"]
+__all__ = ["OPERATORS", "TOKENWISE", "checked_ranges"]
 
 OPERATORS = {
     "short_conv": _short_conv.IMPLEMENTATIONS,
@@ -30,3 +31,6 @@ OPERATORS = {
     "diagonal_state_space": _diagonal_state_space.IMPLEMENTATIONS,
     "dplr_delta_rule": _dplr_delta_rule.IMPLEMENTATIONS,
 }
+
+# What sees no other token, and so has neither state nor starts.
+TOKENWISE = {"gated_norm": _gated_norm.IMPLEMENTATIONS}

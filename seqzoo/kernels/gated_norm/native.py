@@ -12,13 +12,6 @@ _backward = Function("gated_norm_backward")
 # Below this many outputs waking a second thread costs more than it saves.
 SMALL = 1 << 14
 ACTIVATIONS = {None: 0, "silu": 1, "sigmoid": 2}
-INPUTS = (
-    "Tensor x, Tensor? gate, Tensor? weight, Tensor? bias, int groups, float eps, float scale, bool centered,"
-    " int activation, bool gate_first"
-)
-GRADIENT = (
-    "y_grad, x, gate, weight, bias, groups, eps, scale, centered, activation, gate_first -> x, gate, weight, bias"
-)
 
 
 def gated_norm(x, gate, weight, bias, groups, eps, scale, centered, activation, gate_first):
@@ -82,5 +75,16 @@ def _run_backward(dy, x, gate, weight, bias, groups, *numbers):
     return gradients
 
 
-FORWARD = define(f"gated_norm_native({INPUTS}) -> (Tensor y)", _run, _fake, device="CPU")
-differentiable(FORWARD, GRADIENT, _run_backward, device="CPU")
+FORWARD = define(
+    "gated_norm_native(Tensor x, Tensor? gate, Tensor? weight, Tensor? bias, int groups, float eps, float scale,"
+    " bool centered, int activation, bool gate_first) -> (Tensor y)",
+    _run,
+    _fake,
+    device="CPU",
+)
+differentiable(
+    FORWARD,
+    "y_grad, x, gate, weight, bias, groups, eps, scale, centered, activation, gate_first -> x, gate, weight, bias",
+    _run_backward,
+    device="CPU",
+)
