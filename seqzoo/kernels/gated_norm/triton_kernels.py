@@ -18,8 +18,8 @@ from seqzoo.kernels.triton_support import last_axis_contiguous, launch_options
 
 NUMBERS = 2048
 """Of a tile: as many groups as make so many, or one larger group."""
-A_WARP = 512
-"""Numbers of a tile for each warp."""
+A_WARP, WARPS = 512, 8
+"""Numbers of a tile for each warp, and the most warps: of more, threads have fewer registers, and wide groups spill."""
 PROGRAMS = 1024
 """Of the backward, at most: they keep a GPU busy, and each has sums of its own."""
 
@@ -91,12 +91,9 @@ def _backward(
     EPS: tl.constexpr, SCALE: tl.constexpr, CENTERED: tl.constexpr, SILU: tl.constexpr, GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    scale = tl.full((1, COLUMNS), SCALE, SUM)
     if weight is not None:
-        scale *= _learned(weight, size, COLUMNS, SUM)
         of_weight = tl.zeros((ROWS, COLUMNS), SUM)
     if bias is not None:
-        shift = _learned(bias, size, COLUMNS, SUM)
         of_bias = tl.zeros((ROWS, COLUMNS), SUM)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         token, channel, present = _places(tile, rows, repeats, size, ROWS, COLUMNS)
@@ -109,10 +106,14 @@ def _backward(
                 slope *= u
                 u *= factor
         n, root = _normalize(u, present, size, EPS, CENTERED)
+        # What is learned is read for each tile: of wide groups, registers hold no more than this.
+        scale = tl.full((1, COLUMNS), SCALE, SUM)
+        if weight is not None:
+            scale *= _learned(weight, size, COLUMNS, SUM)
         if gate is not None and not GATE_FIRST:
             z = n * scale
             if bias is not None:
-                z += shift
+                z += _learned(bias, size, COLUMNS, SUM)
             tl.store(dgate + token * width + channel, dz * z * slope, mask=present)
             dz *= factor
         if weight is not None:
@@ -181,7 +182,7 @@ def _plan(x, weight, bias, groups):
         "COLUMNS": columns,
         "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "enable_fp_fusion": True,
-    } | launch_options(min(max(rows * columns // A_WARP, 1), 32), 1)  # fmt: skip
+    } | launch_options(min(max(rows * columns // A_WARP, 1), WARPS), 1)  # fmt: skip
 
 
 def _rows(x):
