@@ -298,6 +298,29 @@ def test_a_defined_operator_refuses_second_derivatives(scale, scaled):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
+def test_gradients_that_nobody_sends():
+    sent = []
+
+    def backward(y_grad, z_grad, kept, times):
+        sent.append(z_grad)
+        return [y_grad * times if z_grad is None else y_grad * times + z_grad]
+
+    forward = define(
+        "test_part(Tensor x, int times) -> (Tensor y, Tensor z, Tensor kept)",
+        lambda x, times: (x * times, x + times, x.clone()),
+        lambda x, times: tuple(x.new_empty(x.shape) for _ in range(3)),
+        device="CPU",
+    )
+    differentiable(forward, "y_grad, z_grad?, kept, times -> kept", backward, device="CPU")
+    x = torch.randn(3, requires_grad=True)
+    for chosen, slope in (([0], 5), ([1], 1), ([0, 1], 6)):
+        results = forward(x, 5)
+        assert not results[2].requires_grad
+        (x_grad,) = torch.autograd.grad([results[index].sum() for index in chosen], x)
+        torch.testing.assert_close(x_grad, torch.full_like(x, slope))
+    assert sent[0] is None and all(z_grad is not None for z_grad in sent[1:])
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_defined_operator_compiles_in_one_graph(scale, scaled, compiler):
     def loss(x, factor, bias):

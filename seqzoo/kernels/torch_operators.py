@@ -67,7 +67,7 @@ def differentiable(operator: Any, gradient: str, backward: Callable[..., Any], *
         gradient: ``TAKEN -> LIKE``. What ``backward`` takes, by name: gradients of results (``y_grad``; with a question
             mark None where nobody used the result, without one zeros), then tensors of inputs and results, then
             numbers. ``LIKE``: for the first inputs, one after the other, which of these tensors has the shape and
-            dtype of the input's gradient, mostly the input itself.
+            dtype of the input's gradient, mostly the input itself; the first of them is never None.
         backward: returns these gradients, in any dtype, or anything where the input is None. It becomes an operator
             too, ``NAME_backward``.
         device: as in ``define``.
@@ -99,12 +99,7 @@ def differentiable(operator: Any, gradient: str, backward: Callable[..., Any], *
         nothing = given[places[0]].new_empty(0)
         return [nothing if x is None else x.new_empty(x.shape) for x in (given[place] for place in places)]
 
-    differentiate = define(
-        f"{name}_backward({', '.join(map(declare, taken))}) -> ({', '.join(['Tensor'] * len(like))})",
-        run,
-        fake,
-        device=device,
-    )
+    differentiate = define(f"{name}_backward({', '.join(map(declare, taken))}) -> Tensor[]", run, fake, device=device)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
