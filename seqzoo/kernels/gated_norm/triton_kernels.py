@@ -18,7 +18,7 @@ from seqzoo.kernels.triton_support import last_axis_contiguous, launch_options
 
 NUMBERS = 2048
 """Of a tile: as many groups as make so many, or one larger group."""
-A_WARP, WARPS = 512, 8
+A_WARP, WARPS = 256, 8
 """Numbers of a tile for each warp, and the most warps: of more, threads have fewer registers, and wide groups spill."""
 PROGRAMS = 1024
 """Of the backward, at most: they keep a GPU busy, and each has sums of its own."""
