@@ -131,7 +131,8 @@ def run(operator: str, backend: str, inputs: dict[str, Any]) -> list[Tensor]:
     )
     results = [x for x in tree_leaves(call(**inputs, backend=backend)) if isinstance(x, Tensor)]
     random = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.dtype) for x in results]
+    # Numbers of bfloat16, so that they are the same ones in every dtype.
+    weights = [torch.randn(x.shape, generator=random).bfloat16().to(x.dtype) for x in results]
     sources = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
     pairs = [(x, weight) for x, weight in zip(results, weights, strict=True) if x.requires_grad]
     gradients = torch.autograd.grad(
