@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from seqzoo.kernels import OPERATORS, adapters, triton_support
+from seqzoo.kernels import OPERATORS, TOKENWISE, adapters, triton_support
 
 
 class Chip(NamedTuple):
@@ -75,6 +75,8 @@ SIZES: dict[str, list[dict[str, int]]] = {
     "gated_delta_product": HEADS[:2],
     "dplr_delta_rule": [{"heads": 2, "key": 64, "value": 64}, {"heads": 2, "key": 128, "value": 128}],
     "mlstm": HEADS,
+    # Heads of 64 or 128 as of Mamba-2 and delta rules, groups as wide as a layer, and one that fills many registers.
+    "gated_norm": [{"groups": groups, "size": size} for groups, size in ((32, 64), (16, 128), (1, 2048), (1, 8192))],
 }
 TIMES = {"train": 1024, "packed": 1024, "decode": 1}
 
@@ -316,14 +318,16 @@ def run_operator(job: Job) -> None:
     settings = equation.VARIANTS[job.variant]
     inputs = equation.example(**{name: size for name, size in sizes.items() if name in known} | settings)
     starts = None
-    if job.mode == "train":
+    if job.mode == "train" and "state" in inputs:
         inputs["state"] = None
     elif job.mode == "packed":
         starts = torch.rand(1, TIMES[job.mode]) < 0.01
     if job.mode != "decode":
         inputs = tree_map_only(torch.Tensor, lambda x: x.requires_grad_(), inputs)
     operator = getattr(importlib.import_module(f"seqzoo.kernels.{job.operator}"), job.operator)
-    outputs = tree_leaves(operator(**inputs, starts=starts, backend=job.backend))
+    if job.operator not in TOKENWISE:
+        inputs["starts"] = starts
+    outputs = tree_leaves(operator(**inputs, backend=job.backend))
     if job.mode != "decode":
         torch.autograd.backward(outputs, [torch.zeros_like(y) for y in outputs])
 
@@ -412,7 +416,8 @@ def show_operators(kernels: list[Kernel]) -> Table:
 
 
 def main() -> int:
-    with_triton = [name for name, implementations in OPERATORS.items() if "triton" in implementations]
+    known = OPERATORS | TOKENWISE
+    with_triton = [name for name, implementations in known.items() if "triton" in implementations]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=CHIPS, default=["sm_80", "sm_90"], help="chips")
     parser.add_argument("--operator", nargs="+", choices=with_triton, default=with_triton)

@@ -1,8 +1,10 @@
 """Fuzz the boundary of every native operator under AddressSanitizer: `python scripts/fuzz_native.py [operator ...]`.
 
-Hypothesis draws sizes (empty, one, odd, around the widths of vectors and chunks), variants, dtypes, strides, document
-starts, threads, and now and then an input that does not fit. Each call must give what the reference gives, gradients
-included, or a ValueError; and the sanitizers, which the kernels are compiled with here, must have nothing to say.
+Covered: all operators with a native implementation and gated norms, forward and backward, on each instruction set that
+this CPU has (`--isa`). Hypothesis draws sizes (empty, one, odd, around the widths of vectors and chunks), variants,
+dtypes, strides, document starts, threads, and now and then an input that does not fit. Each call must give what the
+reference gives, gradients included, or a ValueError; and the sanitizers, which the kernels are compiled with here, must
+have nothing to say. Numbers are those of `example`: extreme ones are for tests/test_kernels.py.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from seqzoo.kernels import OPERATORS, native
+from seqzoo.kernels import OPERATORS, TOKENWISE, native
 from seqzoo.kernels.native import build
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
-NATIVE = [name for name, implementations in OPERATORS.items() if "native" in implementations]
+NATIVE = [name for name, implementations in (OPERATORS | TOKENWISE).items() if "native" in implementations]
 SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 24, 31, 32, 33, 48, 65]
 TIMES = [1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 130, 257, 300]
 # Errors allowed, relative to a tensor's size: this looks for wrong numbers, tests/test_kernels.py for imprecise ones.
@@ -107,7 +109,7 @@ def make_inputs(operator: str, case: dict[str, Any]) -> dict[str, Any]:
     if case["no time"]:
         inputs = tree_map_only(Tensor, lambda x: x[:, :0] if x.ndim > 1 and x.shape[:2] == (batch, time) else x, inputs)
         time = 0
-    if case["starts"] is not None:
+    if case["starts"] is not None and operator not in TOKENWISE:
         random = torch.Generator().manual_seed(case["example"]["seed"])
         inputs["starts"] = torch.rand(batch, time, generator=random) < case["starts"]
     layouts = iter(case["layouts"])
@@ -129,7 +131,8 @@ def run(operator: str, backend: str, inputs: dict[str, Any]) -> list[Tensor]:
     )
     results = [x for x in tree_leaves(call(**inputs, backend=backend)) if isinstance(x, Tensor)]
     random = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.dtype) for x in results]
+    # Numbers of bfloat16, so that they are the same ones in every dtype.
+    weights = [torch.randn(x.shape, generator=random).bfloat16().to(x.dtype) for x in results]
     sources = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
     pairs = [(x, weight) for x, weight in zip(results, weights, strict=True) if x.requires_grad]
     gradients = torch.autograd.grad(

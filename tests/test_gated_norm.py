@@ -1,4 +1,4 @@
-"""Gated norms: the native kernel is the equation, with gradients, in any layout and dtype."""
+"""Gated norms: every implementation is the equation, with gradients, in any layout and dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from seqzoo.kernels import native
-from seqzoo.kernels.gated_norm import gated_norm
+from seqzoo.kernels.gated_norm import IMPLEMENTATIONS, gated_norm
 
 # Channels, groups, and how many of the learned numbers there are: for all channels or those of one group.
 SIZES = {"one group": (37, 1, 37), "shared": (96, 6, 16), "each its own": (64, 4, 64), "ragged": (3 * 21, 3, 21)}
@@ -22,6 +22,7 @@ LEARNED = {"nothing learned": (), "weight": ("weight",), "weight and bias": ("we
 sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 learned = pytest.mark.parametrize("learned", LEARNED.values(), ids=LEARNED)
+fused = pytest.mark.parametrize("backend", [name for name in IMPLEMENTATIONS if name != "reference"])
 
 
 def example(sizes, kind, learned, dtype=torch.float64, tokens=(2, 50), seed=0):
@@ -61,7 +62,7 @@ def written_out(x, gate=None, weight=None, bias=None, *, groups, centered, eps, 
 @sizes
 @kinds
 @learned
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
 def test_is_the_equation(backend, sizes, kind, learned):
     inputs, settings = example(sizes, kind, learned)
     ours = differentiate(inputs, settings, backend)
@@ -73,46 +74,66 @@ def test_is_the_equation(backend, sizes, kind, learned):
         torch.testing.assert_close(ours[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: name + text)
 
 
+@fused
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rounds_no_worse_than_plain_pytorch(kind, dtype):
+def test_rounds_no_worse_than_plain_pytorch(kind, dtype, backend):
     inputs, settings = example(SIZES["shared"], kind, ("weight", "bias"), dtype, tokens=(4, 300))
     exact = differentiate({name: x.double() for name, x in inputs.items()}, settings, "reference")
-    ours, plain = (differentiate(inputs, settings, backend) for backend in ("native", "reference"))
+    ours, plain = (differentiate(inputs, settings, backend) for backend in (backend, "reference"))
     for name, truth in exact.items():
         assert ours[name].dtype == dtype
         error, allowed = ((side[name].double() - truth).norm() / truth.norm() for side in (ours, plain))
         assert error <= max(2 * allowed, 3 * torch.finfo(torch.float32).eps), name
 
 
+@fused
 @pytest.mark.parametrize("tokens", [(1,), (0, 5), (1, 1), (3, 700)], ids=str)
-def test_any_number_of_tokens(tokens):
+def test_any_number_of_tokens(tokens, backend):
     inputs, settings = example(SIZES["shared"], KINDS["rms, silu"], ("weight",), tokens=tokens)
-    ours, plain = (differentiate(inputs, settings, backend) for backend in ("native", "reference"))
+    ours, plain = (differentiate(inputs, settings, backend) for backend in (backend, "reference"))
     for name in plain:
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_programs_walk_through_several_tiles(name, monkeypatch):
+    kernels = pytest.importorskip("seqzoo.kernels.gated_norm.triton_kernels")
+    monkeypatch.setattr(kernels, "PROGRAMS", 3)
+    monkeypatch.setattr(kernels, "NUMBERS", 64)
+    inputs, settings = example(SIZES[name], KINDS["layer, silu"], ("weight", "bias"), tokens=(2, 9))
+    ours, plain = (differentiate(inputs, settings, backend) for backend in ("triton", "reference"))
+    for name in plain:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-10, atol=1e-10)
+
+
+@fused
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("scale", [0.0, 1e-15, 1e4, 1e15])
-def test_finite_where_gates_saturate(scale, centered):
+def test_finite_where_gates_saturate(scale, centered, backend):
     inputs, settings = example(SIZES["shared"], KINDS["rms, silu"], ("weight",), torch.float32)
     inputs |= {"x": inputs["x"] * scale, "gate": inputs["gate"] * 1e4}
-    for name, tensor in differentiate(inputs, settings | {"centered": centered}, "native").items():
+    for name, tensor in differentiate(inputs, settings | {"centered": centered}, backend).items():
         assert tensor.isfinite().all(), name
 
 
+@fused
 @kinds
-def test_is_an_operator_of_torch(kind):
+def test_is_an_operator_of_torch(kind, backend):
     inputs, settings = example(SIZES["shared"], kind, ("weight", "bias"), torch.float32)
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    torch._dynamo.reset()
     compiled = torch.compile(gated_norm, fullgraph=True, backend="aot_eager")
+    settings |= {"backend": backend}
     torch.testing.assert_close(compiled(**inputs, **settings), gated_norm(**inputs, **settings))
-    code = 0 if "gate" not in inputs else {"silu": 1, "sigmoid": 2}[settings["activation"]]
+    activation = settings.get("activation", "silu")
+    code = 0 if "gate" not in inputs else {"silu": 1, "sigmoid": 2}[activation]
     first = settings.get("gate_first", False)
     arguments = [inputs.get(name) for name in ("x", "gate", "weight", "bias")]
-    arguments += [settings["groups"], settings["eps"], settings["scale"], settings["centered"], code, first]
-    torch.library.opcheck(torch.ops.seqzoo.gated_norm_native.default, tuple(arguments))
+    arguments += [settings["groups"], settings["eps"], settings["scale"], settings["centered"]]
+    arguments += [code if backend == "native" else activation, first]
+    operator = getattr(torch.ops.seqzoo, f"gated_norm_{backend}").default
+    torch.library.opcheck(operator, tuple(arguments))
 
 
 def test_one_answer_in_mixed_precision():
@@ -138,5 +159,5 @@ def test_refuses_what_does_not_fit(settings, message, unchecked):
 
 def test_refuses_native_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(native, "reason", lambda: "no compiler was found")
-    with pytest.raises(ValueError, match="cannot run gated_norm: no compiler was found; use auto or reference"):
+    with pytest.raises(ValueError, match="cannot run gated_norm: no compiler was found; use auto, reference"):
         gated_norm(torch.ones(2, 8), backend="native")

@@ -263,34 +263,21 @@ def _scale(x, factor, bias):
     return x * factor + (0 if bias is None else bias), factor.clone()
 
 
-def _scale_backward(y_grad, factor_grad, x, factor, bias):
-    no_bias = x.new_empty(0)
-    return y_grad * factor, (y_grad * x).sum(0) + factor_grad, no_bias if bias is None else y_grad.sum(0)
-
-
-def _scale_backward_fake(y_grad, factor_grad, x, factor, bias):
-    return x.new_empty(x.shape), x.new_empty(factor.shape), x.new_empty(0 if bias is None else bias.shape)
+def _scale_backward(y_grad, same_grad, x, factor, bias):
+    return y_grad * factor, (y_grad * x).sum(0) + same_grad, y_grad.sum(0)
 
 
 @pytest.fixture(scope="session")
 def scale():
     """An operator that does what the recipe in torch_operators.py says: x factor + bias, and factor itself."""
-    arguments = "Tensor x, Tensor factor, Tensor? bias"
     forward = define(
-        f"test_scale({arguments}) -> (Tensor, Tensor)",
+        "test_scale(Tensor x, Tensor factor, Tensor? bias) -> (Tensor y, Tensor same)",
         _scale,
         lambda x, factor, bias: (x.new_empty(x.shape), factor.new_empty(factor.shape)),
         device="CPU",
     )
-    schema = f"test_scale_backward(Tensor y_grad, Tensor factor_grad, {arguments}) -> (Tensor, Tensor, Tensor)"
-    backward = define(schema, _scale_backward, _scale_backward_fake, device="CPU")
-
-    def gradients(ctx, *grads):
-        x, factor, bias = ctx.saved_tensors
-        x_grad, factor_grad, bias_grad = backward(*grads, x, factor, bias)
-        return x_grad, factor_grad, None if bias is None else bias_grad
-
-    differentiable(forward, lambda ctx, inputs, outputs: ctx.save_for_backward(*inputs), gradients)
+    gradient = "y_grad, same_grad, x, factor, bias -> x, factor, bias"
+    differentiable(forward, gradient, _scale_backward, device="CPU")
     return forward
 
 
@@ -309,6 +296,29 @@ def test_a_defined_operator_refuses_second_derivatives(scale, scaled):
     (y, _), x = scale(*scaled), scaled[0]
     with pytest.raises(RuntimeError, match="test_scale has no gradient of its gradient; use backend='chunked'"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_gradients_that_nobody_sends():
+    sent = []
+
+    def backward(y_grad, z_grad, kept, times):
+        sent.append(z_grad)
+        return [y_grad * times if z_grad is None else y_grad * times + z_grad]
+
+    forward = define(
+        "test_part(Tensor x, int times) -> (Tensor y, Tensor z, Tensor kept)",
+        lambda x, times: (x * times, x + times, x.clone()),
+        lambda x, times: tuple(x.new_empty(x.shape) for _ in range(3)),
+        device="CPU",
+    )
+    differentiable(forward, "y_grad, z_grad?, kept, times -> kept", backward, device="CPU")
+    x = torch.randn(3, requires_grad=True)
+    for chosen, slope in (([0], 5), ([1], 1), ([0, 1], 6)):
+        results = forward(x, 5)
+        assert not results[2].requires_grad
+        (x_grad,) = torch.autograd.grad([results[index].sum() for index in chosen], x)
+        torch.testing.assert_close(x_grad, torch.full_like(x, slope))
+    assert sent[0] is None and all(z_grad is not None for z_grad in sent[1:])
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

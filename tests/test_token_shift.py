@@ -103,8 +103,8 @@ def test_is_an_operator_of_torch(optional):
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     compiled = torch.compile(token_shift, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs, starts=begins), token_shift(**inputs, starts=begins))
-    arguments = [inputs["x"], inputs["mix"], inputs.get("last"), begins, inputs.get("more"), True]
-    arguments[4] = None if arguments[4] is None else arguments[4].detach().bfloat16().requires_grad_()
+    arguments = [inputs["x"], inputs["mix"], inputs.get("last"), inputs.get("more"), begins, True]
+    arguments[3] = None if arguments[3] is None else arguments[3].detach().bfloat16().requires_grad_()
     torch.library.opcheck(torch.ops.seqzoo.token_shift_native.default, tuple(arguments))
 
 

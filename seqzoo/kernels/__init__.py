@@ -11,6 +11,7 @@ from seqzoo.kernels import dplr_delta_rule as _dplr_delta_rule
 from seqzoo.kernels import gated_delta_product as _gated_delta_product
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
+from seqzoo.kernels import gated_norm as _gated_norm
 from seqzoo.kernels import landmark_attention as _landmark_attention
 from seqzoo.kernels import linear_scan as _linear_scan
 from seqzoo.kernels import long_conv as _long_conv
@@ -19,7 +20,7 @@ from seqzoo.kernels import selective_scan as _selective_scan
 from seqzoo.kernels import short_conv as _short_conv
 from seqzoo.kernels.backends import checked_ranges
 
-__all__ = ["EVERY_OPERATOR", "OPERATORS", "checked_ranges"]
+__all__ = ["EVERY_OPERATOR", "OPERATORS", "TOKENWISE", "checked_ranges"]
 
 OPERATORS = {
     "short_conv": _short_conv.IMPLEMENTATIONS,
@@ -37,3 +38,6 @@ EVERY_OPERATOR = OPERATORS | {
     "attention": _attention.IMPLEMENTATIONS,
     "landmark_attention": _landmark_attention.IMPLEMENTATIONS,
 }
+
+# What sees no other token, and so has neither state nor starts.
+TOKENWISE = {"gated_norm": _gated_norm.IMPLEMENTATIONS}

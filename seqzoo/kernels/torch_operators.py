@@ -3,25 +3,20 @@
 `torch.library.custom_op` would do the same at twice the cost of a call, which decoding pays for every token. A recipe:
 
     FORWARD = define(
-        "scan_native(Tensor x, Tensor? state) -> (Tensor, Tensor)",
-        run,    # run(x, state): real tensors of the device, of any strides; returns new ones, never an input or a view
-        fake,   # fake(x, state): the same shapes, dtypes and (contiguous) strides by x.new_empty(...), nothing computed
+        "scan_native(Tensor x, Tensor? state, Tensor? starts) -> (Tensor y, Tensor last, Tensor kept)",
+        run,  # run(x, state, starts): real tensors of the device, of any strides; returns new ones, no input or view
+        fake,  # fake(x, state, starts): the same shapes, dtypes and (contiguous) strides by x.new_empty(...)
         device="CPU",
     )
-    BACKWARD = define("scan_native_backward(Tensor y_grad, Tensor state_grad, Tensor x, Tensor? state) -> ...", ...)
+    differentiable(
+        FORWARD,
+        "y_grad, last_grad, x, state, starts, kept -> x, state",  # what backward takes, what the gradients are like
+        backward,  # backward(y_grad, last_grad, x, state, starts, kept): both gradients
+        device="CPU",
+    )
 
-    def save(ctx, inputs, outputs):          # what the backward needs
-        ctx.save_for_backward(*inputs)
-
-    def backward(ctx, y_grad, state_grad):   # one gradient for each input, None for what has none
-        return BACKWARD(y_grad, state_grad, *ctx.saved_tensors)
-
-    differentiable(FORWARD, save, backward)
-
-Schemas take Tensor, Tensor?, int, float, bool and str. An operator returns tensors only; where their number varies, a
-list of them (Tensor[]), whose gradients `backward` gets one by one. Where an input is None, its gradient is an empty
-tensor (`x.new_empty(0)`) that `backward` replaces by None. Gradients of outputs that nobody used arrive as zeros. No
-implementation may change its inputs.
+Schemas take Tensor, Tensor?, int, float, bool and str. An operator returns tensors only; where their number varies, one
+list of them (Tensor[]), whose gradients `backward` gets as a list. No implementation may change its inputs.
 """
 
 from __future__ import annotations
@@ -63,31 +58,81 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, de
     return getattr(torch.ops.seqzoo, name).default
 
 
-def differentiable(operator: Any, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+def differentiable(operator: Any, gradient: str, backward: Callable[..., Any], *, device: str) -> None:
     """Give ``operator`` a gradient, once: gradients of gradients are refused.
 
     Args:
-        operator: what ``define`` returned.
-        save: called as ``save(ctx, inputs, outputs)``; stores what ``backward`` needs on ``ctx``.
-        backward: called as ``backward(ctx, *gradients of outputs)``; returns the gradient of each input or None.
+        operator: what ``define`` returned, of a schema that names its results. Those whose gradients are not taken
+            have none.
+        gradient: ``TAKEN -> LIKE``. What ``backward`` takes, by name: gradients of results (``y_grad``; with a question
+            mark None where nobody used the result, without one zeros), then tensors of inputs and results, then
+            numbers. ``LIKE``: for the first inputs, one after the other, which of these tensors has the shape and
+            dtype of the input's gradient, mostly the input itself; the first of them is never None.
+        backward: returns these gradients, in any dtype, or anything where the input is None. It becomes an operator
+            too, ``NAME_backward``.
+        device: as in ``define``.
     """
+    schema, name = operator._schema, operator.name().partition("::")[2]
+    results = [x.name for x in schema.returns]
+    a_list = str(schema.returns[0].type) == "List[Tensor]"
+    several = a_list or len(results) > 1
+    kinds = {x.name: "Tensor?" if "Optional" in str(x.type) else str(x.type) for x in schema.arguments + schema.returns}
+    taken, like = (side.split(", ") for side in gradient.split(" -> "))
+    # By their places among results, or among inputs and results together.
+    of_results = [results.index(x.rstrip("?").removesuffix("_grad")) for x in taken if x not in kinds]
+    tensors = [list(kinds).index(x) for x in taken if kinds.get(x, "").startswith("Tensor")]
+    numbers = [list(kinds).index(x) for x in taken[len(of_results) + len(tensors) :]]
+    without = [index for index in range(len(results)) if index not in of_results]
+    fills = [not x.endswith("?") for x in taken[: len(of_results)]]
+    places = [taken.index(x) for x in like]
+    first = places[0] - len(of_results)
+    others = [None] * (len(schema.arguments) - len(like))
 
-    name = operator.name().partition("::")[2]
+    def declare(x: str) -> str:
+        kind = kinds.get(x, "Tensor[]" if a_list else "Tensor?" if x.endswith("?") else "Tensor")
+        return f"{kind} {x.rstrip('?')}"
+
+    def run(*given: Any) -> list[Tensor]:
+        nothing = given[places[0]].new_empty(0)
+        pairs = zip((given[place] for place in places), backward(*given), strict=True)
+        return [nothing if x is None else dx.to(x.dtype) for x, dx in pairs]
+
+    def fake(*given: Any) -> list[Tensor]:
+        nothing = given[places[0]].new_empty(0)
+        return [nothing if x is None else x.new_empty(x.shape) for x in (given[place] for place in places)]
+
+    differentiate = define(f"{name}_backward({', '.join(map(declare, taken))}) -> Tensor[]", run, fake, device=device)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = operator(*inputs)
-            outputs = tuple(outputs) if isinstance(outputs, list) else outputs
-            save(ctx, inputs, outputs)
-            return outputs
+            made = tuple(outputs) if several else (outputs,)
+            known = (*inputs, *made)
+            ctx.save_for_backward(*[known[place] for place in tensors])
+            ctx.numbers = [known[place] for place in numbers]
+            wanted = made if a_list else [made[place] for place in of_results]
+            ctx.kinds = [(x.shape, x.dtype) for x in wanted]
+            ctx.mark_non_differentiable(*[made[place] for place in without])
+            # Or zeros would be made for what has no gradient, too.
+            ctx.set_materialize_grads(False)
+            return made if several else outputs
 
         @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             if torch.is_grad_enabled():
                 raise RuntimeError(f"{name} has no gradient of its gradient; use backend='chunked' for that")
-            return backward(ctx, *gradients)
+            kept, given = ctx.saved_tensors, []
+            wanted = gradients if a_list else [gradients[place] for place in of_results]
+            for dy, fill, (shape, dtype) in zip(
+                wanted, fills * len(wanted) if a_list else fills, ctx.kinds, strict=True
+            ):
+                given.append(kept[first].new_zeros(shape, dtype=dtype) if fill and dy is None else dy)
+            found = differentiate(*([given] if a_list else given), *kept, *ctx.numbers)
+            # For the first inputs; None for the others, and for those that are None or constant.
+            pairs = zip(ctx.needs_input_grad, (*found, *others), strict=True)
+            return tuple(x if needed else None for needed, x in pairs)
 
     def call(*inputs: Any) -> Any:
         if torch.is_grad_enabled():

@@ -1,14 +1,18 @@
 """What the Triton kernels of all operators share. Triton itself is imported only where a kernel runs.
 
-An operator's ``triton_op.py`` defines its ops for torch, whose bodies import its ``triton_kernels.py``: the kernels and
-their launchers. So ``torch.compile`` sees ops that it need not look into, and ``import seqzoo`` never imports Triton.
+An operator's ``triton_op.py`` defines its ops for torch, which import its ``triton_kernels.py``, the kernels and what
+launches them, when they run. So ``torch.compile`` sees ops that it need not look into, and ``import seqzoo`` never
+imports Triton.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +45,15 @@ def missing(device: torch.device) -> str | None:
         has, needs = (".".join(map(str, version)) for version in (capability, OLDEST_CAPABILITY))
         return f"the GPU has compute capability {has}; the kernels need {needs}"
     return None
+
+
+def launcher(operator: str, name: str) -> Callable[..., Any]:
+    """``name`` of the operator's ``triton_kernels.py``, which is imported where it is called."""
+
+    def launch(*inputs: Any) -> Any:
+        return getattr(importlib.import_module(f"seqzoo.kernels.{operator}.triton_kernels"), name)(*inputs)
+
+    return launch
 
 
 def last_axis_contiguous(x: Tensor) -> Tensor:

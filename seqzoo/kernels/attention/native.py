@@ -39,45 +39,25 @@ def _forward(*inputs):
     return results
 
 
-def _gradients(do, o, sums, q, k, v, decay, sink, *others):
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, decay, sink))
-
-
-def _backward(do, o, sums, *inputs):
-    q, k, v = inputs[:3]
-    gradients = _gradients(do, o, sums, *inputs)
+def _backward(do, *tensors_and_settings):
+    q, k, v, decay, sink, first, cutoff, o, sums, *settings = tensors_and_settings
+    gradients = [None if x is None else x.new_empty(x.shape) for x in (q, k, v, decay, sink)]
     fresh(*gradients[:3])
-    given = [gradient if x is not None else None for x, gradient in zip(inputs[:5], gradients, strict=True)]
-    tensors = dense(*inputs[:7], o, sums, do)
-    _backward_entry(DTYPES[v.dtype], torch.get_num_threads(), *tensors, *given, *_sizes(q, k, v), *inputs[7:])
+    tensors = dense(q, k, v, decay, sink, first, cutoff, o, sums, do)
+    _backward_entry(DTYPES[v.dtype], torch.get_num_threads(), *tensors, *gradients, *_sizes(q, k, v), *settings)
     return gradients
 
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? sink, Tensor? first, Tensor? cutoff, int window, int sinks,"
-    " float soft_cap, float scale"
-)
-_FORWARD = define(f"attention_native({_INPUTS}) -> (Tensor, Tensor)", _forward, _results, device="CPU")
-_BACKWARD = define(
-    f"attention_native_backward(Tensor do, Tensor o, Tensor sums, {_INPUTS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _gradients,
+_FORWARD = define(
+    "attention_native(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? sink, Tensor? first, Tensor? cutoff,"
+    " int window, int sinks, float soft_cap, float scale) -> (Tensor o, Tensor sums)",
+    _forward,
+    _results,
     device="CPU",
 )
-
-
-def _save(ctx, inputs, outputs):
-    ctx.mark_non_differentiable(outputs[1])
-    ctx.save_for_backward(*outputs, *inputs[:7])
-    ctx.settings = inputs[7:]
-
-
-def _differentiate(ctx, do, _):
-    o, sums, *inputs = ctx.saved_tensors
-    gradients = _BACKWARD(do, o, sums, *inputs, *ctx.settings)
-    none = [None] * (2 + len(ctx.settings))
-    return *(None if x is None else dx for x, dx in zip(inputs[:5], gradients, strict=True)), *none
-
-
-differentiable(_FORWARD, _save, _differentiate)
+differentiable(
+    _FORWARD,
+    "o_grad, q, k, v, decay, sink, first, cutoff, o, sums, window, sinks, soft_cap, scale -> q, k, v, decay, sink",
+    _backward,
+    device="CPU",
+)

@@ -42,38 +42,23 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: T
     return results
 
 
-def _gradients(o_grad: Tensor, memory_grad: Tensor, z, kept, q, k, v, a, b, log_decay, state, starts):
-    return [*(x.new_empty(x.shape) for x in (q, k, v, a, b, log_decay)), memory_grad.new_empty(memory_grad.shape)]
-
-
 def _backward(o_grad: Tensor, memory_grad: Tensor, z, kept, q, k, v, a, b, log_decay, state, starts):
-    gradients = _gradients(o_grad, memory_grad, z, kept, q, k, v, a, b, log_decay, state, starts)
+    gradients = [*(x.new_empty(x.shape) for x in (q, k, v, a, b, log_decay)), memory_grad.new_empty(memory_grad.shape)]
     inputs = dense(q, k, v, a, b, log_decay, state, starts, z, kept, o_grad, memory_grad)
     _backward_entry(DTYPES[v.dtype], torch.get_num_threads(), *inputs, *gradients, *v.shape[:3], q.shape[3], v.shape[3])
     return gradients
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor log_decay, Tensor? state, Tensor? starts"
 _FORWARD = define(
-    f"dplr_delta_rule_native({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _results, device="CPU"
-)
-_BACKWARD = define(
-    f"dplr_delta_rule_native_backward(Tensor o_grad, Tensor memory_grad, Tensor z, Tensor kept, {_INPUTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _gradients,
+    "dplr_delta_rule_native(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor log_decay, Tensor? state,"
+    " Tensor? starts) -> (Tensor o, Tensor memory, Tensor z, Tensor kept)",
+    _forward,
+    _results,
     device="CPU",
 )
-
-
-def _save(ctx: Any, inputs: Any, outputs: Any) -> None:
-    ctx.save_for_backward(*outputs[2:], *inputs)
-
-
-def _differentiate(ctx: Any, o_grad: Tensor, memory_grad: Tensor, *_: Tensor):
-    *of_inputs, of_state = _BACKWARD(o_grad, memory_grad, *ctx.saved_tensors)
-    state = ctx.saved_tensors[-2]
-    return *of_inputs, None if state is None else of_state, None
-
-
-differentiable(_FORWARD, _save, _differentiate)
+differentiable(
+    _FORWARD,
+    "o_grad, memory_grad, z, kept, q, k, v, a, b, log_decay, state, starts -> q, k, v, a, b, log_decay, state",
+    _backward,
+    device="CPU",
+)

@@ -557,7 +557,7 @@ def forward(q, k, v, a, b, log_decay, state, starts):
 
 
 def backward(do, dlast, q, k, v, a, b, log_decay, state, starts, states):
-    """Gradients of all inputs but ``starts``; that of a state that is None is empty."""
+    """Gradients of all inputs but ``starts``."""
     call = _describe(q, v)
     inputs = (q, k, v, a, b, log_decay, starts, do)
     gradients = [x.new_empty(x.shape) for x in (q, k, v, a, b, log_decay)]
@@ -567,7 +567,7 @@ def backward(do, dlast, q, k, v, a, b, log_decay, state, starts, states):
         cut = [None if x is None else x[:, begin:end] for x in inputs]
         outputs = [x[:, begin:end] for x in gradients]
         dstate = _segment_backward(call, chunks, cut, outputs, enters, dstate)
-    return *gradients, v.new_empty(0) if state is None else dstate.to(state.dtype)
+    return *gradients, dstate
 
 
 def _segment_backward(call, chunks, inputs, outputs, state, dlast):

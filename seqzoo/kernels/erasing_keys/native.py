@@ -44,40 +44,26 @@ def _fake(r, k, decay, rate, decay_bias, rate_bias, key_scale, key_rate, bonus):
 
 def _run_backward(*tensors):
     tensors = dense(*tensors)
-    inputs, gradients = tensors[5:], _fake_backward(*tensors)
+    inputs = tensors[5:]
+    gradients = [z.new_empty(z.shape) for z in inputs]
     fresh(*gradients)
     if not inputs[1].numel():
-        return tuple(z.zero_() for z in gradients)
+        return [z.zero_() for z in gradients]
     _backward(*_settings(inputs[1], inputs[-1]), *tensors, *gradients)
     return gradients
 
 
-def _fake_backward(dlog_decay, dwritten, derased, drestored, down, *inputs):
-    return tuple(z.new_empty(z.shape) for z in inputs)
-
-
-_INPUTS = (
-    "Tensor r, Tensor k, Tensor decay, Tensor rate, Tensor decay_bias, Tensor rate_bias, Tensor key_scale,"
-    " Tensor key_rate, Tensor bonus"
-)
+_INPUTS = "r, k, decay, rate, decay_bias, rate_bias, key_scale, key_rate, bonus"
 FORWARD = define(
-    f"erasing_keys_native({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _run, _fake, device="CPU"
-)
-BACKWARD = define(
-    "erasing_keys_native_backward(Tensor dlog_decay, Tensor dwritten, Tensor derased, Tensor drestored, Tensor down,"
-    f" {_INPUTS}) -> ({', '.join(['Tensor'] * 9)})",
-    _run_backward,
-    _fake_backward,
+    f"erasing_keys_native({', '.join('Tensor ' + name for name in _INPUTS.split(', '))})"
+    " -> (Tensor log_decay, Tensor written, Tensor erased, Tensor restored, Tensor own)",
+    _run,
+    _fake,
     device="CPU",
 )
-
-
-def _save(ctx, inputs, outputs):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, *gradients):
-    return BACKWARD(*gradients, *ctx.saved_tensors)
-
-
-differentiable(FORWARD, _save, _gradients)
+differentiable(
+    FORWARD,
+    f"log_decay_grad, written_grad, erased_grad, restored_grad, own_grad, {_INPUTS} -> {_INPUTS}",
+    _run_backward,
+    device="CPU",
+)

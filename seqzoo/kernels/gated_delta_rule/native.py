@@ -52,49 +52,29 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, beta: Tensor, stat
     return results
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, beta: Tensor, state: Any):
-    nothing = beta.new_empty(0)
-    of_decay = nothing if log_decay is None else log_decay.new_empty(log_decay.shape)
-    of_state = beta.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    per_head = q.new_empty(*v.shape[:3], q.shape[3])
-    return per_head, torch.empty_like(per_head), v.new_empty(v.shape), of_decay, beta.new_empty(beta.shape), of_state
-
-
 def _backward(o_grad: Tensor, memory_grad: Tensor, kept: Tensor, q, k, v, log_decay, beta, state, starts):
+    per_head = q.new_empty(*v.shape[:3], q.shape[3])
+    of_decay = None if log_decay is None else log_decay.new_empty(log_decay.shape)
+    of_beta, of_state = beta.new_empty(beta.shape), memory_grad.new_empty(memory_grad.shape)
+    gradients = [per_head, torch.empty_like(per_head), v.new_empty(v.shape), of_decay, of_beta, of_state]
     inputs = dense(q, k, v, log_decay, beta, state, starts, kept, o_grad, memory_grad)
-    gradients = _gradients(q, k, v, log_decay, beta, state)
     _backward_entry(DTYPES[v.dtype], torch.get_num_threads(), *inputs, *gradients, *_sizes(q, v, log_decay))
+    if q.shape[2] != v.shape[2]:
+        shared = q.shape[2], v.shape[2] // q.shape[2]
+        gradients[:2] = (x.unflatten(2, shared).sum(3) for x in gradients[:2])
     return gradients
 
 
-def _fake_backward(o_grad: Tensor, memory_grad: Tensor, kept: Tensor, q, k, v, log_decay, beta, state, starts):
-    return _gradients(q, k, v, log_decay, beta, state)
-
-
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor beta, Tensor? state, Tensor? starts"
-_FORWARD = define(f"gated_delta_rule_native({_INPUTS}) -> (Tensor, Tensor, Tensor)", _forward, _results, device="CPU")
-_BACKWARD = define(
-    f"gated_delta_rule_native_backward(Tensor o_grad, Tensor memory_grad, Tensor kept, {_INPUTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
+_FORWARD = define(
+    "gated_delta_rule_native(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor beta, Tensor? state,"
+    " Tensor? starts) -> (Tensor o, Tensor memory, Tensor kept)",
+    _forward,
+    _results,
     device="CPU",
 )
-
-
-def _save(ctx: Any, inputs: Any, outputs: Any) -> None:
-    ctx.save_for_backward(outputs[2], *inputs)
-
-
-def _differentiate(ctx: Any, o_grad: Tensor, memory_grad: Tensor, _: Tensor):
-    kept, q, k, v, log_decay, beta, state, starts = ctx.saved_tensors
-    of_q, of_k, of_v, of_decay, of_beta, of_state = _BACKWARD(
-        o_grad, memory_grad, kept, q, k, v, log_decay, beta, state, starts
-    )
-    if q.shape[2] != v.shape[2]:
-        of_q, of_k = (x.unflatten(2, (q.shape[2], v.shape[2] // q.shape[2])).sum(3) for x in (of_q, of_k))
-    of_decay, of_state = (None if x is None else gradient for x, gradient in ((log_decay, of_decay), (state, of_state)))
-    return of_q, of_k, of_v, of_decay, of_beta, of_state, None
-
-
-differentiable(_FORWARD, _save, _differentiate)
+differentiable(
+    _FORWARD,
+    "o_grad, memory_grad, kept, q, k, v, log_decay, beta, state, starts -> q, k, v, log_decay, beta, state",
+    _backward,
+    device="CPU",
+)

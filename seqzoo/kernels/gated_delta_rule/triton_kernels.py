@@ -691,18 +691,16 @@ def forward(q, k, v, log_decay, beta, state, starts):
 
 
 def backward(do, dlast, q, k, v, log_decay, beta, state, starts, states):
-    """Gradients of all inputs but ``starts``; those of a decay or a state that is None are empty."""
+    """Gradients of all inputs but ``starts``; None for a decay that is None."""
     call = _describe(q, v, log_decay)
-    dq, dk, dv, dbeta = (x.new_empty(x.shape) for x in (q, k, v, beta))
-    dlog_decay = v.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
-    state = None if state is None else state.contiguous()
-    entries = [state, *states.unbind()]
+    gradients = [None if x is None else x.new_empty(x.shape) for x in (q, k, v, log_decay, beta)]
+    entries = [None if state is None else state.contiguous(), *states.unbind()]
     dstate = dlast.contiguous()
     for (begin, end, chunks), enters in reversed(list(zip(_segments(call), entries, strict=True))):
         inputs = [None if x is None else x[:, begin:end] for x in (q, k, v, log_decay, beta, starts, do)]
-        outputs = [x[:, begin:end] if x.ndim > 1 else None for x in (dq, dk, dv, dlog_decay, dbeta)]
+        outputs = [None if x is None else x[:, begin:end] for x in gradients]
         dstate = _segment_backward(call, chunks, inputs, outputs, enters, dstate)
-    return dq, dk, dv, dlog_decay, dbeta, v.new_empty(0) if state is None else dstate
+    return *gradients, dstate
 
 
 def _segment_backward(call, chunks, inputs, outputs, state, dlast):

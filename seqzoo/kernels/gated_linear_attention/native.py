@@ -80,43 +80,21 @@ def _run_backward(o_grad, last_grad, kept, q, k, v, log_decay, bonus, state, sta
     gradients = q_grad, k_grad, v_grad, decay_grad, bonus_grad, state_grad, parts
     fresh(*gradients)
     _BACKWARD(DTYPES[v.dtype], torch.get_num_threads(), blocks, *sizes, *inputs, *gradients)
-    if decay_grad is None:
-        decay_grad = v.new_empty(0)
-    elif decay_grad.ndim == 4 and not per_channel:
+    if decay_grad is not None and decay_grad.ndim == 4 and not per_channel:
         decay_grad = decay_grad.sum(-1)
-    bonus_grad = v.new_empty(0) if bonus_grad is None else bonus_grad.sum(0)
-    return q_grad, k_grad, v_grad, decay_grad, bonus_grad, state_grad
+    return q_grad, k_grad, v_grad, decay_grad, None if bonus_grad is None else bonus_grad.sum(0), state_grad
 
 
-def _fake_backward(o_grad, last_grad, kept, q, k, v, log_decay, bonus, state, starts):
-    like = q, k, v, log_decay, bonus, kept.new_empty(len(kept), *kept.shape[2:])
-    return tuple(v.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
-
-
-def _save(ctx, inputs, outputs):
-    *tensors, _ = inputs
-    ctx.save_for_backward(*tensors, outputs[2])
-    ctx.mark_non_differentiable(outputs[2])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, o_grad, last_grad, _):
-    *inputs, starts, kept = ctx.saved_tensors
-    if o_grad is None:
-        o_grad = torch.zeros_like(inputs[2])
-    gradients = BACKWARD(o_grad, last_grad, kept, *inputs, starts)
-    return *(None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)), None, None
-
-
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? bonus, Tensor? state, Tensor? starts"
 FORWARD = define(
-    f"gated_linear_attention_native({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", _run, _fake, device="CPU"
-)
-BACKWARD = define(
-    f"gated_linear_attention_native_backward(Tensor o_grad, Tensor? last_grad, Tensor kept, {_INPUTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
+    "gated_linear_attention_native(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? bonus, Tensor? state,"
+    " Tensor? starts, bool keep) -> (Tensor o, Tensor last, Tensor kept)",
+    _run,
+    _fake,
     device="CPU",
 )
-differentiable(FORWARD, _save, _backward)
+differentiable(
+    FORWARD,
+    "o_grad, last_grad?, kept, q, k, v, log_decay, bonus, state, starts -> q, k, v, log_decay, bonus, state",
+    _run_backward,
+    device="CPU",
+)

@@ -543,7 +543,7 @@ def forward(q, k, v, log_decay, bonus, state, starts):
 
 
 def backward(dout, dlast, q, k, v, log_decay, bonus, state, starts):
-    """Gradients of q, k, v, log_decay, bonus and state; those of what is None are empty."""
+    """Gradients of q, k, v, log_decay, bonus and state; any tensor for what is None."""
     dout, q, k, v = (last_axis_contiguous(x) for x in (dout, q, k, v))
     dlast, log_decay, bonus, state, starts = (
         None if x is None else x.contiguous() for x in (dlast, log_decay, bonus, state, starts)
@@ -554,7 +554,7 @@ def backward(dout, dlast, q, k, v, log_decay, bonus, state, starts):
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     _run_read(q, k, dout, log_decay, bonus, starts, dleaving, dv, settings, backward=True)
     dq, dk, dg, dbonus = _run_gradient(q, k, v, dout, log_decay, bonus, starts, entering, dleaving, settings)
-    return dq, dk, dv, dg, dbonus, v.new_empty(0) if state is None else dstate.to(state.dtype)
+    return dq, dk, dv, dg, dbonus, dstate
 
 
 def _run_steps(q, k, v, log_decay, bonus, state, starts, out):
@@ -637,10 +637,10 @@ def _run_gradient(q, k, v, dout, log_decay, bonus, starts, memories, dmemories, 
         SHARE=share, **settings, **_levels(settings), **config,
     )  # fmt: skip
     if bundles > groups:
-        dq, dk = (dz.unflatten(2, (groups, -1)).sum(3).to(z.dtype) for z, dz in ((q, dq), (k, dk)))
-    if log_decay is not None:
-        dg = (dg if log_decay.ndim == 4 else dg.sum(0)).to(log_decay.dtype)
-    return dq, dk, dg, dbonus if bonus is None else dbonus.sum((0, 1)).to(bonus.dtype)
+        dq, dk = (dz.unflatten(2, (groups, -1)).sum(3) for dz in (dq, dk))
+    if log_decay is not None and log_decay.ndim == 3:
+        dg = dg.sum(0)
+    return dq, dk, dg, dbonus if bonus is None else dbonus.sum((0, 1))
 
 
 # Of each kernel, for a decay per channel or not: the largest blocks of keys and values, warps and stages.
@@ -691,6 +691,9 @@ def _config(kernel, settings):
     which = kernel, settings["DECAY"] == "channel"
     configs = CONFIGS | LARGE if fits_large_tiles() else CONFIGS
     k_block, v_block, num_warps, num_stages = configs[which]
+    if which == ("gradient", True) and torch.version.hip and settings["HEADS"] > settings["GROUPS"]:
+        # Its loop over heads keeps what they share in registers, which AMD's compiler spills from wider tiles.
+        k_block = 32
     return {
         "K_BLOCK": max(min(triton.next_power_of_2(settings["KEY"]), k_block), 16),
         "V_BLOCK": max(min(triton.next_power_of_2(settings["VALUE"]), v_block), 16),

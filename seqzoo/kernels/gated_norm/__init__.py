@@ -7,7 +7,7 @@ RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467) or, centered, 
 https://arxiv.org/abs/1607.06450), over each of ``groups`` equal parts of the last axis. Queries and keys of length one
 are it too: ``x / sqrt(sum x^2 + eps)`` is the norm with ``eps / size``, times ``size ** -0.5``.
 
-No token sees another: so there is no state, and no place for it in ``OPERATORS``.
+No token sees another: so there is no state, and its place is in ``TOKENWISE``, not in ``OPERATORS``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import FLOATS, why_not
-from seqzoo.kernels.gated_norm import native, reference
+from seqzoo.kernels.backends import FLOATS, choose
+from seqzoo.kernels.gated_norm import native, reference, triton_op
 
 Activation = Literal["silu", "sigmoid"]
+
+IMPLEMENTATIONS = {
+    "reference": reference.gated_norm,
+    "native": native.gated_norm,
+    "triton": triton_op.gated_norm,
+}
 
 
 def gated_norm(
@@ -51,8 +57,8 @@ def gated_norm(
         centered: the mean is subtracted first.
         activation: of the gate, ``silu`` or ``sigmoid``.
         gate_first: what is normalised is gated already.
-        backend: a layer's setting: ``native`` is the native kernel, ``auto`` the same where it can run, and all others
-            are plain PyTorch.
+        backend: a layer's setting: ``native`` and ``triton`` are kernels, ``auto`` that of the device where it can run,
+            and all others are plain PyTorch.
 
     Returns:
         y in the dtype of ``x``, or that of ``gate`` where it is wider.
@@ -82,9 +88,8 @@ def gated_norm(
     if gate is not None and gate.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gate.dtype)
         x, gate = x.to(dtype), gate.to(dtype)
-    why = why_not("native", x.device, x.dtype)
-    if backend == "native" and why is not None:
-        raise ValueError(f"backend='native' cannot run gated_norm: {why}; use auto or reference")
-    run = native.gated_norm if backend in ("auto", "native") and why is None else reference.gated_norm
+    # A layer may ask for code that its operators have and norms have not.
+    name = backend if backend == "auto" or backend in IMPLEMENTATIONS else "reference"
+    run = IMPLEMENTATIONS[choose("gated_norm", IMPLEMENTATIONS, name, x, 1)]
     with torch.autocast(x.device.type, enabled=False):
         return run(x, gate, weight, bias, groups, eps, scale, centered, activation, gate_first)

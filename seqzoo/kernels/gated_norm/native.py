@@ -64,46 +64,27 @@ def _fake(x, gate, weight, bias, groups, *numbers):
 
 
 def _run_backward(dy, x, gate, weight, bias, groups, *numbers):
-    given = (x, gate, weight, bias)
-    gradients = [x.new_empty(0) if z is None else z.new_empty(z.shape) for z in given]
+    gradients = [None if z is None else z.new_empty(z.shape) for z in (x, gate, weight, bias)]
     fresh(*gradients[:2])
     x, gate = _rows(x), None if gate is None else _rows(gate)
     dy, weight, bias = (None if z is None else z.contiguous() for z in (dy, weight, bias))
     if not x.numel():
-        return tuple(z.zero_() for z in gradients)
-    to = [0 if z is None else gradient.data_ptr() for z, gradient in zip(given, gradients, strict=True)]
+        return [None if z is None else z.zero_() for z in gradients]
     settings = _settings(x, gate, weight, bias, groups, *numbers)
-    _backward(_threads(x), DTYPES[x.dtype], *_addresses(dy, x, gate, weight, bias), *to, *settings)
-    return tuple(gradients)
+    _backward(_threads(x), DTYPES[x.dtype], *_addresses(dy, x, gate, weight, bias, *gradients), *settings)
+    return gradients
 
 
-def _fake_backward(dy, x, gate, weight, bias, groups, *numbers):
-    return tuple(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in (x, gate, weight, bias))
-
-
-_INPUTS = (
-    "Tensor x, Tensor? gate, Tensor? weight, Tensor? bias, int groups, float eps, float scale, bool centered,"
-    " int activation, bool gate_first"
-)
-FORWARD = define(f"gated_norm_native({_INPUTS}) -> Tensor", _run, _fake, device="CPU")
-BACKWARD = define(
-    f"gated_norm_native_backward(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
+FORWARD = define(
+    "gated_norm_native(Tensor x, Tensor? gate, Tensor? weight, Tensor? bias, int groups, float eps, float scale,"
+    " bool centered, int activation, bool gate_first) -> (Tensor y)",
+    _run,
+    _fake,
     device="CPU",
 )
-
-
-def _save(ctx, inputs, outputs):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.settings = inputs[4:]
-
-
-def _gradients(ctx, dy):
-    given = ctx.saved_tensors
-    gradients = BACKWARD(dy, *given, *ctx.settings)
-    none = [None] * len(ctx.settings)
-    return *(None if z is None else gradient for z, gradient in zip(given, gradients, strict=True)), *none
-
-
-differentiable(FORWARD, _save, _gradients)
+differentiable(
+    FORWARD,
+    "y_grad, x, gate, weight, bias, groups, eps, scale, centered, activation, gate_first -> x, gate, weight, bias",
+    _run_backward,
+    device="CPU",
+)

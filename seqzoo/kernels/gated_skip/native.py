@@ -52,39 +52,19 @@ def _fake(x, skip, weight, gate, silu):
 
 
 def _run_backward(dy, x, skip, weight, gate, silu):
-    gradients = _fake_backward(dy, x, skip, weight, gate, silu)
+    gradients = [None if z is None else z.new_empty(z.shape) for z in (x, skip, weight, gate)]
     fresh(*gradients)
     if x.numel():
         settings, tensors = _prepared(x, skip, weight, gate, silu)
         addresses = (0 if z is None else z.data_ptr() for z in tensors)
-        dx, dskip, dweight, dgate = gradients
-        _backward(*settings, *addresses, dy.contiguous(), dx, dskip, dweight, None if gate is None else dgate)
+        _backward(*settings, *addresses, dy.contiguous(), *gradients)
     return gradients
 
 
-def _fake_backward(dy, x, skip, weight, gate, silu):
-    return tuple(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in (x, skip, weight, gate))
-
-
-_INPUTS = "Tensor x, Tensor skip, Tensor weight, Tensor? gate, bool silu"
-FORWARD = define(f"gated_skip_native({_INPUTS}) -> Tensor", _run, _fake, device="CPU")
-BACKWARD = define(
-    f"gated_skip_native_backward(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
+FORWARD = define(
+    "gated_skip_native(Tensor x, Tensor skip, Tensor weight, Tensor? gate, bool silu) -> (Tensor y)",
+    _run,
+    _fake,
     device="CPU",
 )
-
-
-def _save(ctx, inputs, outputs):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, dy):
-    x, skip, weight, gate = ctx.saved_tensors
-    dx, dskip, dweight, dgate = BACKWARD(dy, x, skip, weight, gate, ctx.silu)
-    return dx, dskip, dweight, None if gate is None else dgate, None
-
-
-differentiable(FORWARD, _save, _gradients)
+differentiable(FORWARD, "y_grad, x, skip, weight, gate, silu -> x, skip, weight, gate", _run_backward, device="CPU")

@@ -37,7 +37,7 @@ def landmark_attention(q, k, v, landmarks, place, block, top_k, scale):
 
 
 def _attend(q, keys, values, marks, own, place, ends, block, top_k, scale) -> Tensor:
-    """Outputs ``[batch token head value]`` of tokens in the slots ``own``; ``place`` stand before each in its document."""
+    """Outputs ``[batch token head value]`` of tokens in the slots ``own``, before which ``place`` of theirs stand."""
     groups, slots = keys.shape[1], keys.shape[3]
     q = q.to(keys.dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) * scale
     logits = (q @ keys.mT).flatten(1, 2)

@@ -55,41 +55,17 @@ def _fake(a, b, state, starts):
 
 def _run_backward(h_grad, last_grad, a, h, state, starts):
     h_grad, last_grad, a, h, state, starts = dense(h_grad, last_grad, a, h, state, starts)
-    da, db, dstate = _fake_backward(h_grad, last_grad, a, h, state, starts)
+    da, db, dstate = a.new_empty(a.shape), h.new_empty(h.shape), last_grad.new_empty(last_grad.shape)
     by_row = da if a.ndim == 3 else dstate.new_empty(dstate.shape)
     sizes = h.shape[0], h.shape[1], _width(h)
     _backward(*_settings(a, h), a, h, state, starts, h_grad, last_grad, by_row, db, dstate, *sizes)
-    return da if a.ndim == 3 else by_row.sum(0).to(a.dtype), db, dstate
-
-
-def _fake_backward(h_grad, last_grad, a, h, state, starts):
-    return a.new_empty(a.shape), h.new_empty(h.shape), last_grad.new_empty(last_grad.shape)
+    return da if a.ndim == 3 else by_row.sum(0), db, dstate
 
 
 FORWARD = define(
-    "linear_scan_native(Tensor a, Tensor b, Tensor? state, Tensor? starts) -> (Tensor, Tensor)",
+    "linear_scan_native(Tensor a, Tensor b, Tensor? state, Tensor? starts) -> (Tensor h, Tensor last)",
     _run,
     _fake,
     device="CPU",
 )
-BACKWARD = define(
-    "linear_scan_native_backward(Tensor h_grad, Tensor last_grad, Tensor a, Tensor h, Tensor? state, Tensor? starts) "
-    "-> (Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
-    device="CPU",
-)
-
-
-def _save(ctx, inputs, outputs):
-    a, _, state, starts = inputs
-    ctx.save_for_backward(a, outputs[0], state, starts)
-
-
-def _gradients(ctx, h_grad, last_grad):
-    a, h, state, starts = ctx.saved_tensors
-    da, db, dstate = BACKWARD(h_grad, last_grad, a, h, state, starts)
-    return da, db, None if state is None else dstate, None
-
-
-differentiable(FORWARD, _save, _gradients)
+differentiable(FORWARD, "h_grad, last_grad, a, h, state, starts -> a, h, state", _run_backward, device="CPU")

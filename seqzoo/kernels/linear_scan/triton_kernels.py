@@ -273,7 +273,7 @@ def backward(dh, dlast, a, h, state, starts):
             lambda ends, product: walk(None, None, None, None, ends, product), dlast, dstate, reverse=True
         )
         walk(entering, da, partial, db, None, None)
-    return partial.sum(0).to(a.dtype) if da is None else da, db, dstate
+    return partial.sum(0) if da is None else da, db, dstate
 
 
 class _Plan:

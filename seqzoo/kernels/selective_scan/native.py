@@ -60,50 +60,30 @@ def _run_back(y_grad, last_grad, x, dt, A, B, C, D, gate, dt_bias, state, starts
     x, dt, A, B, C, D, gate, dt_bias, starts, kept, y_grad, last_grad = dense(
         x, dt, A, B, C, D, gate, dt_bias, starts, kept, y_grad, last_grad
     )
-    grads = _fake_back(y_grad, last_grad, x, dt, A, B, C, D, gate, dt_bias, state, starts, kept)
-    dx, ddt, _, dB, dC, _, dgate, _, dstate = grads
+    dx, ddt, dB, dC, dgate = (None if z is None else z.new_empty(z.shape) for z in (x, dt, B, C, gate))
+    dstate = last_grad.new_empty(last_grad.shape)
     # One row of each for each batch row, added up below.
     by_row = [z if z is None else z.new_empty(len(x), *z.shape) for z in (A, D, dt_bias)]
     dA, dD, ddt_bias = by_row
     kinds = DTYPES[x.dtype], DTYPES[dt.dtype], torch.get_num_threads(), _parts(x)
     inputs = (x, dt, A, B, C, D, gate, dt_bias, starts, kept, y_grad, last_grad)
-    outputs = (dx, ddt, dA, dB, dC, dD, dgate if gate is not None else None, ddt_bias, dstate)
+    outputs = (dx, ddt, dA, dB, dC, dD, dgate, ddt_bias, dstate)
     _BACKWARD(*kinds, *inputs, *outputs, *x.shape, A.shape[1])
-    dA, dD, ddt_bias = (x.new_empty(0) if z is None else z.sum(0) for z in by_row)
+    dA, dD, ddt_bias = (None if z is None else z.sum(0) for z in by_row)
     return dx, ddt, dA, dB, dC, dD, dgate, ddt_bias, dstate
-
-
-def _fake_back(y_grad, last_grad, x, dt, A, B, C, D, gate, dt_bias, state, starts, kept):
-    inputs = (x, dt, A, B, C, D, gate, dt_bias)
-    return *(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in inputs), A.new_empty(len(x), *A.shape)
 
 
 FORWARD = define(
     "selective_scan_native(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? gate, "
-    "Tensor? dt_bias, Tensor? state, Tensor? starts, bool keep) -> (Tensor, Tensor, Tensor)",
+    "Tensor? dt_bias, Tensor? state, Tensor? starts, bool keep) -> (Tensor y, Tensor last, Tensor kept)",
     _run,
     _fake,
     device="CPU",
 )
-BACKWARD = define(
-    "selective_scan_native_backward(Tensor y_grad, Tensor last_grad, Tensor x, Tensor dt, Tensor A, Tensor B, "
-    "Tensor C, Tensor? D, Tensor? gate, Tensor? dt_bias, Tensor? state, Tensor? starts, Tensor kept) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+differentiable(
+    FORWARD,
+    "y_grad, last_grad, x, dt, A, B, C, D, gate, dt_bias, state, starts, kept"
+    " -> x, dt, A, B, C, D, gate, dt_bias, state",
     _run_back,
-    _fake_back,
     device="CPU",
 )
-
-
-def _save(ctx, inputs, outputs):
-    *tensors, _ = inputs
-    ctx.save_for_backward(*tensors, outputs[2])
-
-
-def _backward(ctx, y_grad, last_grad, _):
-    inputs = ctx.saved_tensors[:9]
-    grads = BACKWARD(y_grad, last_grad, *ctx.saved_tensors)
-    return *(None if z is None else grad for z, grad in zip(inputs, grads, strict=True)), None, None
-
-
-differentiable(FORWARD, _save, _backward)

@@ -359,7 +359,7 @@ def forward(x, dt, A, B, C, D, gate, dt_bias, state, starts):
 
 
 def backward(dy, dlast, x, dt, A, B, C, D, gate, dt_bias, state, starts, saved):
-    """Gradients of all inputs but starts; those of inputs that are None are empty."""
+    """Gradients of all inputs but starts."""
     batch, time, channels = x.shape
     size, wide = A.shape[1], torch.promote_types(x.dtype, torch.float32)
     dy, x, dt, B, C, gate = map(_rows, (dy, x, dt, B, C, gate))
@@ -385,19 +385,9 @@ def backward(dy, dlast, x, dt, A, B, C, D, gate, dt_bias, state, starts, saved):
         dy, x, dt, A, B, C, D, gate, dt_bias, entering, sent, starts, dx, ddt, dgate, dA, dB, dC, dD,
         time, channels, *_strides(dy, x, dt, B, C, gate), *layout, num_warps=8, **common,
     )  # fmt: skip
-    sums = {
-        "A": dA.sum((0, 1)).T.contiguous(),
-        "B": dB.sum(0),
-        "C": dC.sum(0),
-        "D": None if D is None else dD.sum((0, 1)),
-        "dt_bias": None if dt_bias is None else ddt.sum((0, 1), dtype=wide),
-        "state": None if state is None else dstate,
-    }
-    inputs = {"A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": state}
-    dA, dB, dC, dD, dbias, dstate = (
-        x.new_empty(0) if z is None else z.to(inputs[name].dtype) for name, z in sums.items()
-    )
-    return dx, ddt, dA, dB, dC, dD, x.new_empty(0) if dgate is None else dgate, dbias, dstate
+    dD = None if D is None else dD.sum((0, 1))
+    dbias = None if dt_bias is None else ddt.sum((0, 1), dtype=wide)
+    return dx, ddt, dA.sum((0, 1)).T.contiguous(), dB.sum(0), dC.sum(0), dD, dgate, dbias, dstate
 
 
 def _join_tiles(first, A, ends, steps, entering, final, dtype, reverse):

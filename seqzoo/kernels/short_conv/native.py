@@ -48,40 +48,26 @@ def _fake(x, weight, bias, state, starts, silu):
 def _run_backward(y_grad, last_grad, x, weight, bias, state, starts, silu):
     inputs = dense(y_grad, last_grad, x, weight, bias, state, starts)
     _, _, x, weight, bias, state, _ = inputs
-    gradients = [x.new_empty(0) if z is None else torch.empty_like(z) for z in (x, weight, bias, state)]
+    gradients = [None if z is None else torch.empty_like(z) for z in (x, weight, bias, state)]
     fresh(gradients[0])
     sizes = *x.shape, weight.shape[1]
     if x.numel():
         _backward(*_settings(x, weight, bias), *inputs, *gradients, *sizes, silu)
     else:
-        gradients = [z.zero_() for z in gradients]
-    return tuple(gradients)
+        gradients = [None if z is None else z.zero_() for z in gradients]
+    return gradients
 
 
-def _fake_backward(y_grad, last_grad, x, weight, bias, state, starts, silu):
-    return tuple(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in (x, weight, bias, state))
-
-
-_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? starts, bool silu"
-FORWARD = define(f"short_conv_native({_INPUTS}) -> (Tensor, Tensor)", _run, _fake, device="CPU")
-BACKWARD = define(
-    f"short_conv_native_backward(Tensor y_grad, Tensor last_grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
+FORWARD = define(
+    "short_conv_native(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? starts, bool silu)"
+    " -> (Tensor y, Tensor last)",
+    _run,
+    _fake,
     device="CPU",
 )
-
-
-def _save(ctx, inputs, outputs):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, y_grad, last_grad):
-    x, weight, bias, state, starts = ctx.saved_tensors
-    gradients = BACKWARD(y_grad, last_grad, x, weight, bias, state, starts, ctx.silu)
-    given = (x, weight, bias, state)
-    return *(None if z is None else gradient for z, gradient in zip(given, gradients, strict=True)), None, None
-
-
-differentiable(FORWARD, _save, _gradients)
+differentiable(
+    FORWARD,
+    "y_grad, last_grad, x, weight, bias, state, starts, silu -> x, weight, bias, state",
+    _run_backward,
+    device="CPU",
+)

@@ -194,12 +194,12 @@ def forward(x, weight, bias, state, starts, silu):
 
 
 def backward(dy, dlast, x, weight, bias, state, starts, silu):
-    """Gradients of x, weight, bias and state; those of a bias or state that is None are empty."""
+    """Gradients of x, weight, bias and state; any tensor for a bias that is None."""
     batch, time, channels = x.shape
     size = weight.shape[1]
     dy, x = last_axis_contiguous(dy), last_axis_contiguous(x)
     dlast, weight, bias, state, starts = map(_packed, (dlast, weight, bias, state, starts))
-    dx, dstate = x.new_empty(x.shape), x.new_empty(0) if state is None else state.new_empty(state.shape)
+    dx, dstate = x.new_empty(x.shape), None if state is None else state.new_empty(state.shape)
     config = _config(time, channels, x.dtype)
     programs = batch * triton.cdiv(time if state is None else time + size - 1, config["TOKENS"])
     partial = x.new_empty(programs, size + 1, channels, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -207,9 +207,8 @@ def backward(dy, dlast, x, weight, bias, state, starts, silu):
         dy, dlast, x, weight, bias, state, starts, dx, dstate, partial, time, channels,
         dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), SIZE=size, SILU=silu, **config,
     )  # fmt: skip
-    dweight = partial[:, :size].sum(0).T.to(weight.dtype).contiguous()
-    dbias = x.new_empty(0) if bias is None else partial[:, size].sum(0).to(bias.dtype)
-    return dx, dweight, dbias, dstate
+    sums = partial.sum(0)
+    return dx, sums[:size].T.contiguous(), sums[size].clone(), dstate
 
 
 def _config(time, channels, dtype):

@@ -23,7 +23,7 @@ def token_shift(x, mix, last, starts, more, dtype):
     inner = torch.bfloat16 if narrow else x.dtype
     mix = mix.to(torch.promote_types(x.dtype, torch.float32))
     last, more = None if last is None else last.to(x.dtype), None if more is None else more.to(inner)
-    glances = FORWARD(x, mix, last, starts, more, narrow)
+    glances = FORWARD(x, mix, last, more, starts, narrow)
     return tuple(glances) if inner == dtype else tuple(z.to(dtype) for z in glances)
 
 
@@ -37,57 +37,39 @@ def _addresses(tensors):
     return (ctypes.c_void_p * len(tensors))(*(z.data_ptr() for z in tensors))
 
 
-def _run(x, mix, last, starts, more, narrow):
-    glances = _fake(x, mix, last, starts, more, narrow)
-    x, mix, last, starts, more = dense(x, mix, last, starts, more)
+def _run(x, mix, last, more, starts, narrow):
+    glances = _fake(x, mix, last, more, starts, narrow)
+    x, mix, last, more, starts = dense(x, mix, last, more, starts)
     fresh(*glances)
     if x.numel():
         _forward(*_settings(x, mix, narrow), x, mix, last, starts, more, _addresses(glances), len(mix), *x.shape)
     return glances
 
 
-def _fake(x, mix, last, starts, more, narrow):
+def _fake(x, mix, last, more, starts, narrow):
     dtype = torch.bfloat16 if narrow else x.dtype
     return [x.new_empty(x.shape, dtype=dtype) for _ in range(len(mix))]
 
 
-def _run_backward(grads, x, mix, last, starts, more, narrow):
+def _run_backward(grads, x, mix, last, more, starts, narrow):
     grads = dense(*grads)
-    x, mix, last, starts, more = dense(x, mix, last, starts, more)
-    gradients = _fake_backward(grads, x, mix, last, starts, more, narrow)
+    x, mix, last, more, starts = dense(x, mix, last, more, starts)
+    gradients = [None if z is None else z.new_empty(z.shape) for z in (x, mix, last, more)]
     if not x.numel():
-        return tuple(z.zero_() for z in gradients)
-    dx, dmix, dlast, dmore = gradients
-    fresh(dx, dmore)
-    to = dx, dmix, *(None if z is None else gradient for z, gradient in ((last, dlast), (more, dmore)))
+        return [None if z is None else z.zero_() for z in gradients]
+    fresh(gradients[0], gradients[3])
     inputs = _addresses(grads), x, mix, last, starts, more
-    _backward(*_settings(x, mix, narrow), *inputs, *to, len(mix), *x.shape)
+    _backward(*_settings(x, mix, narrow), *inputs, *gradients, len(mix), *x.shape)
     return gradients
 
 
-def _fake_backward(grads, x, mix, last, starts, more, narrow):
-    return tuple(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in (x, mix, last, more))
-
-
-_INPUTS = "Tensor x, Tensor mix, Tensor? last, Tensor? starts, Tensor? more, bool narrow"
-FORWARD = define(f"token_shift_native({_INPUTS}) -> Tensor[]", _run, _fake, device="CPU")
-BACKWARD = define(
-    f"token_shift_native_backward(Tensor[] grads, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
+FORWARD = define(
+    "token_shift_native(Tensor x, Tensor mix, Tensor? last, Tensor? more, Tensor? starts, bool narrow)"
+    " -> (Tensor[] glances)",
+    _run,
+    _fake,
     device="CPU",
 )
-
-
-def _save(ctx, inputs, outputs):
-    *tensors, ctx.narrow = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, *grads):
-    x, mix, last, starts, more = ctx.saved_tensors
-    dx, dmix, dlast, dmore = BACKWARD(grads, x, mix, last, starts, more, ctx.narrow)
-    return dx, dmix, None if last is None else dlast, None, None if more is None else dmore, None
-
-
-differentiable(FORWARD, _save, _gradients)
+differentiable(
+    FORWARD, "glances_grad, x, mix, last, more, starts, narrow -> x, mix, last, more", _run_backward, device="CPU"
+)

@@ -14,8 +14,6 @@ _backward = Function("turned_keys_backward")
 SMALL = 1 << 14
 # Tokens between angles that the forward keeps for the backward, as in native.cpp.
 CHUNK = 32
-# Tensors that the backward is given before the inputs: gradients of all outputs, and what was kept.
-GIVEN = 7
 
 
 def turned_keys(write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value, starts):
@@ -65,51 +63,29 @@ def _fake(write, read, write_bias, read_bias, turn, step, gain, values, angle, k
 
 
 def _run_backward(*tensors):
-    gradients = _fake_backward(*tensors)
-    given, inputs = dense(*tensors[:GIVEN]), tensors[GIVEN:]
+    given, inputs, kept = tensors[:6], tensors[6:-1], tensors[-1]
     write, read, write_bias, read_bias, turn, step, gain, values, _, key, _, starts = inputs
+    gradients = [None if z is None else z.new_empty(z.shape) for z in inputs[:-1]]
     if not given[0].numel():
-        return tuple(z.zero_() for z in gradients)
+        return [None if z is None else z.zero_() for z in gradients]
     fresh(gradients[7])
-    used = dense(write, read, write_bias, read_bias, turn, step, gain, key, starts)
-    to = [None if z is None else gradient for z, gradient in zip(inputs[:-1], gradients, strict=True)]
-    _backward(*_settings(write, write_bias, turn, values), *given, *used, *to)
+    used = dense(*given, kept, write, read, write_bias, read_bias, turn, step, gain, key, starts)
+    _backward(*_settings(write, write_bias, turn, values), *used, *gradients)
     return gradients
 
 
-def _fake_backward(*tensors):
-    *inputs, _ = tensors[GIVEN:]
-    return tuple(tensors[0].new_empty(0) if z is None else z.new_empty(z.shape) for z in inputs)
-
-
-_INPUTS = (
-    "Tensor write, Tensor read, Tensor write_bias, Tensor read_bias, Tensor turn, Tensor step, Tensor gain,"
-    " Tensor values, Tensor? angle, Tensor? key, Tensor? value, Tensor? starts"
-)
+_INPUTS = "write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value"
 FORWARD = define(
-    f"turned_keys_native({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "turned_keys_native(Tensor write, Tensor read, Tensor write_bias, Tensor read_bias, Tensor turn, Tensor step,"
+    " Tensor gain, Tensor values, Tensor? angle, Tensor? key, Tensor? value, Tensor? starts)"
+    " -> (Tensor q, Tensor k, Tensor v, Tensor own, Tensor last_angle, Tensor last_key, Tensor kept)",
     _run,
     _fake,
     device="CPU",
 )
-BACKWARD = define(
-    "turned_keys_native_backward(Tensor dq, Tensor dk, Tensor dv, Tensor down, Tensor dlast_angle, Tensor dlast_key,"
-    f" Tensor kept, {_INPUTS}) -> ({', '.join(['Tensor'] * 11)})",
+differentiable(
+    FORWARD,
+    f"q_grad, k_grad, v_grad, own_grad, last_angle_grad, last_key_grad, {_INPUTS}, starts, kept -> {_INPUTS}",
     _run_backward,
-    _fake_backward,
     device="CPU",
 )
-
-
-def _save(ctx, inputs, outputs):
-    ctx.save_for_backward(outputs[6], *inputs)
-    ctx.mark_non_differentiable(outputs[6])
-
-
-def _gradients(ctx, dq, dk, dv, down, dlast_angle, dlast_key, _):
-    kept, *inputs = ctx.saved_tensors
-    gradients = BACKWARD(dq, dk, dv, down, dlast_angle, dlast_key, kept, *inputs)
-    return *(None if z is None else gradient for z, gradient in zip(inputs[:11], gradients, strict=True)), None
-
-
-differentiable(FORWARD, _save, _gradients)
