@@ -102,6 +102,8 @@ def mixers(dim: int) -> dict[str, dict[str, Any]]:
         "KimiDeltaAttention": erasable,
         "RWKV7": {"head_dim": half},
         "SLSTM": {"num_heads": 2},
+        "TTTLinear": {"num_heads": 4, "head_dim": quarter},
+        "TTTMLP": {"num_heads": 2, "head_dim": quarter, "expand": 1},
         "Hyena": {"max_length": LENGTH},
         "LongConv": {"max_length": LENGTH},
         "SGConv": {"max_length": LENGTH, "kernel_dim": 8},

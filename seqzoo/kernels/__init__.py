@@ -6,6 +6,7 @@ takes. ``checked_ranges`` is a context in which they also refuse values outside 
 
 from seqzoo.kernels import diagonal_state_space as _diagonal_state_space
 from seqzoo.kernels import dplr_delta_rule as _dplr_delta_rule
+from seqzoo.kernels import fast_weights as _fast_weights
 from seqzoo.kernels import gated_delta_product as _gated_delta_product
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
@@ -29,4 +30,5 @@ OPERATORS = {
     "long_conv": _long_conv.IMPLEMENTATIONS,
     "diagonal_state_space": _diagonal_state_space.IMPLEMENTATIONS,
     "dplr_delta_rule": _dplr_delta_rule.IMPLEMENTATIONS,
+    "fast_weights": _fast_weights.IMPLEMENTATIONS,
 }

@@ -34,6 +34,8 @@ from seqzoo.layers.sgconv import SGConv
 from seqzoo.layers.short_conv import ShortConv
 from seqzoo.layers.slstm import SLSTM
 from seqzoo.layers.swiglu import SwiGLU
+from seqzoo.layers.ttt_linear import TTTLinear
+from seqzoo.layers.ttt_mlp import TTTMLP
 
 FAMILIES = {
     "attention": (Attention,),
@@ -42,6 +44,7 @@ FAMILIES = {
     "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet, RWKV6),
     "delta rule": (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, RWKV7),
     "nonlinear recurrence": (SLSTM,),
+    "test-time training": (TTTLinear, TTTMLP),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (RWKV6ChannelMix, RWKV7ChannelMix, SwiGLU),
 }
@@ -60,6 +63,7 @@ __all__ = [
     "S4D",
     "S5",
     "SLSTM",
+    "TTTMLP",
     "Attention",
     "Based",
     "DeltaNet",
@@ -81,6 +85,7 @@ __all__ = [
     "SGConv",
     "ShortConv",
     "SwiGLU",
+    "TTTLinear",
 ]
 
 if not TYPE_CHECKING:

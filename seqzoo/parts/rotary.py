@@ -25,7 +25,11 @@ def rotate(
 
 
 def rotate_neighbours(
-    x: Float[Tensor, "batch time head key"], positions: Int[Tensor, "rows time"], base: float
+    x: Float[Tensor, "batch time head key"],
+    positions: Int[Tensor, "rows time"],
+    base: float,
+    *,
+    reaches_base: bool = True,
 ) -> Float[Tensor, "batch time head key"]:
     """Turn channel pair (2i, 2i + 1) at position p by ``p * base^(-i/(key/2 - 1))``, as in RetNet.
 
@@ -33,9 +37,13 @@ def rotate_neighbours(
         x: queries or keys; ``key`` must be even.
         positions: one row for each of the batch, or a single row for all.
         base: how many times slower than the first pair the last one turns.
+        reaches_base: False for ``p * base^(-2i/key)``, as in ``rotate``: there the last pair turns a little faster.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    frequency = base ** -torch.linspace(0, 1, x.shape[-1] // 2, dtype=dtype, device=x.device)
+    half, dtype = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
+    if reaches_base:
+        frequency = base ** -torch.linspace(0, 1, half, dtype=dtype, device=x.device)
+    else:
+        frequency = base ** -(torch.arange(half, dtype=dtype, device=x.device) / half)
     first, second = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack(_turn(first, second, positions, frequency), -1).flatten(-2).to(x.dtype)
 
