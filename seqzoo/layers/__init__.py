@@ -22,6 +22,7 @@ from seqzoo.layers.mamba2 import Mamba2
 from seqzoo.layers.mamba3 import Mamba3
 from seqzoo.layers.min_gru import MinGRU
 from seqzoo.layers.mlstm import MLSTM
+from seqzoo.layers.neural_memory import NeuralMemory
 from seqzoo.layers.retnet import RetNet
 from seqzoo.layers.rg_lru import RGLRU
 from seqzoo.layers.rwkv6 import RWKV6
@@ -44,7 +45,7 @@ FAMILIES = {
     "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet, RWKV6),
     "delta rule": (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, RWKV7),
     "nonlinear recurrence": (SLSTM,),
-    "test-time training": (TTTLinear, TTTMLP),
+    "test-time training": (NeuralMemory, TTTLinear, TTTMLP),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (RWKV6ChannelMix, RWKV7ChannelMix, SwiGLU),
 }
@@ -79,6 +80,7 @@ __all__ = [
     "Mamba2",
     "Mamba3",
     "MinGRU",
+    "NeuralMemory",
     "RWKV6ChannelMix",
     "RWKV7ChannelMix",
     "RetNet",

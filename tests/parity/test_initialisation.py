@@ -34,6 +34,7 @@ from seqzoo.layers import (
     Mamba2,
     Mamba3,
     MinGRU,
+    NeuralMemory,
     RetNet,
     RWKV6ChannelMix,
     RWKV7ChannelMix,
@@ -288,6 +289,17 @@ def test_ttt(start, layer):
     assert (heads.norm_weight == 1).all()
     torch.testing.assert_close(heads.reach, 1 / torch.arange(1.0, 17.0))
     assert heads.learning_rate == (1.0 if layer is TTTLinear else 0.1)
+
+
+def test_neural_memory(start):
+    """titans-pytorch's Glorot matrices; half a step, half of the momentum, and little forgetting."""
+    heads = start(NeuralMemory, 256, num_heads=4, depth=3).heads
+    assert [weight.shape for weight in heads.weights] == [(4, 64, 128), (4, 128, 128), (4, 128, 64)]
+    for weight in heads.weights:
+        bound = (6 / sum(weight.shape[1:])) ** 0.5
+        assert_uniform(weight.detach(), -bound, bound)
+    assert (heads.norm_weight == 1).all() and not heads.norm_bias.any()
+    torch.testing.assert_close(heads.gates.bias, torch.tensor([0.0] * 8 + [-5.0] * 4))
 
 
 def test_long_filters_start_as_the_official_ones(start):
