@@ -26,7 +26,7 @@ BASELINES = ("Attention", "Attention, window of 512")
 PANELS = {
     "State spaces": ("state space",),
     "Linear attention": ("linear attention",),
-    "Delta rules": ("delta rule",),
+    "Delta rules, trained memories": ("delta rule", "test-time training"),
     "Recurrences, convolutions": ("linear recurrence", "nonlinear recurrence", "convolution"),
 }
 HUES = tuple(color for color in COLORS if color != "#222222")

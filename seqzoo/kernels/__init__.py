@@ -8,6 +8,7 @@ they also refuse values outside their legal range.
 from seqzoo.kernels import attention as _attention
 from seqzoo.kernels import diagonal_state_space as _diagonal_state_space
 from seqzoo.kernels import dplr_delta_rule as _dplr_delta_rule
+from seqzoo.kernels import fast_weights as _fast_weights
 from seqzoo.kernels import gated_delta_product as _gated_delta_product
 from seqzoo.kernels import gated_delta_rule as _gated_delta_rule
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
@@ -33,6 +34,7 @@ OPERATORS = {
     "long_conv": _long_conv.IMPLEMENTATIONS,
     "diagonal_state_space": _diagonal_state_space.IMPLEMENTATIONS,
     "dplr_delta_rule": _dplr_delta_rule.IMPLEMENTATIONS,
+    "fast_weights": _fast_weights.IMPLEMENTATIONS,
 }
 EVERY_OPERATOR = OPERATORS | {
     "attention": _attention.IMPLEMENTATIONS,

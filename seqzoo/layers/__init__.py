@@ -26,6 +26,7 @@ from seqzoo.layers.mamba2 import Mamba2
 from seqzoo.layers.mamba3 import Mamba3
 from seqzoo.layers.min_gru import MinGRU
 from seqzoo.layers.mlstm import MLSTM
+from seqzoo.layers.neural_memory import NeuralMemory
 from seqzoo.layers.retnet import RetNet
 from seqzoo.layers.rg_lru import RGLRU
 from seqzoo.layers.rwkv6 import RWKV6
@@ -38,6 +39,8 @@ from seqzoo.layers.sgconv import SGConv
 from seqzoo.layers.short_conv import ShortConv
 from seqzoo.layers.slstm import SLSTM
 from seqzoo.layers.swiglu import SwiGLU
+from seqzoo.layers.ttt_linear import TTTLinear
+from seqzoo.layers.ttt_mlp import TTTMLP
 
 FAMILIES = {
     "attention": (Attention, DifferentialAttention, ForgettingAttention, LandmarkAttention, LatentAttention),
@@ -46,6 +49,7 @@ FAMILIES = {
     "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet, RWKV6),
     "delta rule": (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, RWKV7),
     "nonlinear recurrence": (SLSTM,),
+    "test-time training": (NeuralMemory, TTTLinear, TTTMLP),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (RWKV6ChannelMix, RWKV7ChannelMix, SwiGLU),
 }
@@ -64,6 +68,7 @@ __all__ = [
     "S4D",
     "S5",
     "SLSTM",
+    "TTTMLP",
     "Attention",
     "Based",
     "DeltaNet",
@@ -83,12 +88,14 @@ __all__ = [
     "Mamba2",
     "Mamba3",
     "MinGRU",
+    "NeuralMemory",
     "RWKV6ChannelMix",
     "RWKV7ChannelMix",
     "RetNet",
     "SGConv",
     "ShortConv",
     "SwiGLU",
+    "TTTLinear",
 ]
 
 if not TYPE_CHECKING:

@@ -21,7 +21,7 @@ class DeltaRuleState(NamedTuple):
 
 
 class QueryKeyValue(nn.Module):
-    """``q, k = l2(silu(conv(W x))), v = silu(conv(W x))`` in heads, with q divided by the root of ``key_dim``.
+    """``q, k = l2(silu(conv(W x))), v = silu(conv(W x))`` in heads, with q divided by the root of ``key_dim`` or not.
 
     Args:
         dim: width of the input.
@@ -33,6 +33,7 @@ class QueryKeyValue(nn.Module):
         steps: keys and values are made this many times a token, along an axis of their own; None for once.
         key_share: the width of all keys, as a share of ``dim``, where ``key_dim`` is None.
         value_share: the size of a value, as a multiple of ``key_dim``, where ``value_dim`` is None.
+        scaled: whether queries are divided by the root of ``key_dim``, or of length one as keys are.
         backend: the layer's.
 
     Raises:
@@ -51,6 +52,7 @@ class QueryKeyValue(nn.Module):
         steps: int | None = None,
         key_share: float = 1.0,
         value_share: int = 1,
+        scaled: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -68,6 +70,7 @@ class QueryKeyValue(nn.Module):
             )
         self.num_heads, self.key_dim, self.value_dim, self.steps = num_heads, key_dim, value_dim, steps
         self.num_key_heads, self.backend = num_key_heads, backend
+        self.scale = key_dim**-0.5 if scaled else 1.0
         keys, values = num_key_heads * key_dim, num_heads * value_dim
         self.widths = [keys, (steps or 1) * keys, (steps or 1) * values]
         self.projection = nn.Linear(dim, sum(self.widths), bias=False)
@@ -94,7 +97,7 @@ class QueryKeyValue(nn.Module):
         steps = () if self.steps is None else (self.steps,)
         q, k = q.unflatten(-1, (-1, self.key_dim)), k.unflatten(-1, (*steps, -1, self.key_dim))
         v = v.unflatten(-1, (*steps, -1, self.value_dim))
-        q = l2_normalize(q, scale=self.key_dim**-0.5, backend=self.backend)
+        q = l2_normalize(q, scale=self.scale, backend=self.backend)
         return q, l2_normalize(k, backend=self.backend), v, last
 
     def state_bytes(self, dtype: torch.dtype) -> int:

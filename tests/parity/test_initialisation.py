@@ -19,6 +19,7 @@ from seqzoo.layers import (
     S4D,
     S5,
     SLSTM,
+    TTTMLP,
     Based,
     DeltaNet,
     DeltaProduct,
@@ -33,11 +34,13 @@ from seqzoo.layers import (
     Mamba2,
     Mamba3,
     MinGRU,
+    NeuralMemory,
     RetNet,
     RWKV6ChannelMix,
     RWKV7ChannelMix,
     SGConv,
     ShortConv,
+    TTTLinear,
 )
 from seqzoo.mixer import reset_parameters
 from seqzoo.parts.decay import SMALLEST_STEP, SoftplusDecay
@@ -272,6 +275,31 @@ def test_slstm(start):
         assert not any(bias.any() for bias in (of_input, *others))
         torch.testing.assert_close(of_forget, (5 - 12 * place**power).expand(2, -1))
         assert abs(layer.gates.std() / (2 / (5 * 64)) ** 0.5 - 1) < 0.03
+
+
+@pytest.mark.parametrize("layer", [TTTLinear, TTTMLP])
+def test_ttt(start, layer):
+    """test-time-training/ttt-lm-pytorch's: normal weights of 0.02, no bias, the mean of t steps."""
+    heads = start(layer, 256, num_heads=4).heads
+    shapes = [(4, 64, 64)] if layer is TTTLinear else [(4, 64, 256), (4, 256, 64)]
+    assert [weight.shape for weight in heads.weights] == shapes
+    for weight in (heads.rate.weight, *heads.weights):
+        assert abs(weight.std() / 0.02 - 1) < 0.05 and abs(weight.mean()) < 0.002
+    assert not any(bias.any() for bias in (heads.rate.bias, *heads.biases, heads.norm_bias))
+    assert (heads.norm_weight == 1).all()
+    torch.testing.assert_close(heads.reach, 1 / torch.arange(1.0, 17.0))
+    assert heads.learning_rate == (1.0 if layer is TTTLinear else 0.1)
+
+
+def test_neural_memory(start):
+    """titans-pytorch's Glorot matrices; half a step, half of the momentum, and little forgetting."""
+    heads = start(NeuralMemory, 256, num_heads=4, depth=3).heads
+    assert [weight.shape for weight in heads.weights] == [(4, 64, 128), (4, 128, 128), (4, 128, 64)]
+    for weight in heads.weights:
+        bound = (6 / sum(weight.shape[1:])) ** 0.5
+        assert_uniform(weight.detach(), -bound, bound)
+    assert (heads.norm_weight == 1).all() and not heads.norm_bias.any()
+    torch.testing.assert_close(heads.gates.bias, torch.tensor([0.0] * 8 + [-5.0] * 4))
 
 
 def test_long_filters_start_as_the_official_ones(start):

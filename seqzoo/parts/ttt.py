@@ -1,0 +1,123 @@
+"""What TTT's layers share: heads whose memory is a network that learns, while it reads, to tell values from keys."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from seqzoo.kernels.fast_weights import FastWeightsState, fast_weights
+from seqzoo.mixer import positions_from_starts
+from seqzoo.parts.rotary import Rotary
+
+WEIGHT_STD = 0.02
+
+
+class SelfTrainedHeads(nn.Module):
+    """``o_t = q_t + layernorm(f_{W_t}(q_t))`` in heads, W_t after steps on ``|k_s + layernorm(f(k_s)) - v_s|^2 / 2``.
+
+    Gradients are taken at the weights before the mini-batch; token t of it takes ``max(reach_t, 0)`` of the sum of
+    the steps so far, each of rate ``learning_rate / head_dim * sigmoid(W x_s + b)``; reach_t starts as 1/t, t from 1.
+
+    Args:
+        dim: width of the input.
+        num_heads: networks kept side by side.
+        head_dim: width of queries, keys and values, even; None for ``dim / num_heads``.
+        hidden: the width inside a network, as a multiple of ``head_dim``; None for a linear map.
+        mini_batch: tokens whose gradients are taken at the same weights, and after which rotary positions start anew.
+        learning_rate: the largest rate of a step, times ``head_dim``.
+        rope_base: the base of the rotary frequencies.
+        norm_eps: added to the variance in the norm of what is read.
+        backend: the layer's.
+
+    Raises:
+        ValueError: a size is below 1, ``head_dim`` is odd, or ``learning_rate`` is not positive.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        head_dim: int | None,
+        hidden: int | None,
+        mini_batch: int,
+        learning_rate: float,
+        rope_base: float,
+        norm_eps: float,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads={num_heads}: a layer needs at least 1 head")
+        head_dim = dim // num_heads if head_dim is None else head_dim
+        self.rotary = Rotary(head_dim, rope_base, "neighbours").check()
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"expand={hidden}: a hidden layer is at least 1 times as wide as a head")
+        if mini_batch < 1:
+            raise ValueError(f"mini_batch={mini_batch}: a mini-batch has at least 1 token")
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate={learning_rate}: it is positive")
+        self.num_heads, self.head_dim, self.mini_batch = num_heads, head_dim, mini_batch
+        self.learning_rate, self.norm_eps, self.backend = learning_rate, norm_eps, backend
+        self.width = num_heads * head_dim
+        self.qkv = nn.Linear(dim, 3 * self.width, bias=False)
+        self.rate = nn.Linear(dim, num_heads)
+        self.reach = nn.Parameter(torch.empty(mini_batch))
+        inner = [head_dim] if hidden is None else [head_dim, hidden * head_dim]
+        sizes = list(zip(inner, [*inner[1:], head_dim], strict=True))
+        self.weights = nn.ParameterList(torch.empty(num_heads, *size) for size in sizes)
+        self.biases = nn.ParameterList(torch.empty(num_heads, columns) for _, columns in sizes)
+        self.norm_weight = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.norm_bias = nn.Parameter(torch.empty(num_heads, head_dim))
+        self._draw()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        for weight in (self.rate.weight, *self.weights):
+            nn.init.normal_(weight, std=WEIGHT_STD)
+        for zero in (self.rate.bias, *self.biases, self.norm_bias):
+            nn.init.zeros_(zero)
+        self.reach.copy_(1 / torch.arange(1, self.mini_batch + 1))
+        nn.init.ones_(self.norm_weight)
+
+    def reset_parameters(self) -> None:
+        self.qkv.reset_parameters()
+        self.rate.reset_parameters()
+        self._draw()
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: FastWeightsState | None = None,
+        starts: Bool[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time width"], FastWeightsState]:
+        place = positions_from_starts(starts, state and state.position, x.shape[1], x.device) % self.mini_batch
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b t h d", three=3, h=self.num_heads)
+        q, k = self.rotary.turn(q, place), self.rotary.turn(k, place)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rate = self.rate(x).to(wide).sigmoid() * (self.learning_rate / self.head_dim)
+        layers = zip(self.weights, self.biases, strict=True)
+        o, last = fast_weights(
+            q,
+            k,
+            v,
+            rate,
+            tuple(torch.cat([weight, bias[:, None]], 1).to(wide) for weight, bias in layers),
+            self.norm_weight.to(wide),
+            self.norm_bias.to(wide),
+            self.reach.to(wide).relu(),
+            state=state,
+            starts=starts,
+            chunk=self.mini_batch,
+            norm_eps=self.norm_eps,
+            backend=self.backend,
+        )
+        return rearrange(o, "b t h d -> b t (h d)"), last
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one sequence's state: all weights twice, and a position."""
+        wide = torch.promote_types(dtype, torch.float32)
+        numbers = sum(parameter.numel() for parameter in (*self.weights, *self.biases))
+        return 2 * numbers * wide.itemsize + torch.int64.itemsize

@@ -1,0 +1,132 @@
+"""Titans' memory against the paper's recurrence written out, each surprise autograd's gradient of the loss.
+
+There is no official code, and titans-pytorch needs a dozen packages.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from peers import Agreement, assert_rounds_no_worse, error, pair
+from torch import nn
+
+from seqzoo.kernels.fast_weights import fast_weights
+from seqzoo.layers import NeuralMemory
+
+HEADS, SIZE, CHUNK, RATE = 2, 6, 8, 0.1
+
+
+def mlp(z, weights):
+    """``[batch head channel]`` through matrices ``[batch head input output]``."""
+    for index, weight in enumerate(weights):
+        z = F.gelu(z) if index else z
+        z = torch.einsum("bhi,bhio->bho", z, weight)
+    return z
+
+
+def recur(q, k, v, theta, eta, alpha, initial, read, chunk):
+    """Equations 9 and 10 token by token, with gradients at the weights from before the chunk (section 3.2)."""
+    now = anchor = [w.expand(len(q), *w.shape) for w in initial]
+    surprise, outputs = [torch.zeros_like(w) for w in now], []
+    for t in range(q.shape[1]):
+        if t % chunk == 0:
+            anchor = now
+        loss = (read(k[:, t], anchor) - v[:, t]).square().sum()
+        gradients = torch.autograd.grad(loss, anchor, create_graph=True)
+        theta_t, eta_t, alpha_t = (z[:, t, :, None, None] for z in (theta, eta, alpha))
+        surprise = [eta_t * s - theta_t * g for s, g in zip(surprise, gradients, strict=True)]
+        now = [(1 - alpha_t) * m + s for m, s in zip(now, surprise, strict=True)]
+        outputs.append(read(q[:, t], now))
+    return torch.stack(outputs, 1), now, surprise
+
+
+class Written(nn.Module):
+    """The layer, with a residual and a norm around the memory, and a loss that is a mean."""
+
+    def __init__(self):
+        super().__init__()
+        width = HEADS * SIZE
+        self.qkv = nn.Linear(32, 3 * width, bias=False)
+        self.conv = nn.Conv1d(3 * width, 3 * width, 4, groups=3 * width, bias=False)
+        self.theta, self.eta, self.alpha = (nn.Linear(32, HEADS) for _ in range(3))
+        nn.init.constant_(
+            self.alpha.bias, -5.0
+        )  # a memory that forgets itself in a few tokens leaves noise to its norm
+        self.first = nn.Parameter(torch.randn(HEADS, SIZE, 2 * SIZE) * SIZE**-0.5)
+        self.second = nn.Parameter(torch.randn(HEADS, 2 * SIZE, SIZE) * SIZE**-0.5)
+        self.scale, self.shift = nn.Parameter(torch.ones(HEADS, SIZE)), nn.Parameter(torch.zeros(HEADS, SIZE))
+        self.norm = nn.Parameter(torch.ones(SIZE))
+        self.gate, self.out = nn.Linear(32, width, bias=False), nn.Linear(width, 32, bias=False)
+
+    def read(self, z, weights):
+        return z + self.scale * F.layer_norm(mlp(z, weights), (SIZE,), eps=1e-5) + self.shift
+
+    def forward(self, x):
+        mixed = F.silu(self.conv(F.pad(self.qkv(x).mT, (3, 0))).mT)
+        q, k, v = rearrange(mixed, "b t (three h d) -> three b t h d", three=3, h=HEADS)
+        q, k = (z / (z.square().sum(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
+        theta, eta, alpha = (gate(x).sigmoid() for gate in (self.theta, self.eta, self.alpha))
+        y, _, _ = recur(q, k, v, RATE * theta / SIZE, eta, alpha, [self.first, self.second], self.read, CHUNK)
+        y = self.norm * y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        return self.out(y.flatten(2) * F.silu(self.gate(x)))
+
+
+@pytest.fixture
+def both():
+    ours = NeuralMemory(32, num_heads=HEADS, head_dim=SIZE, chunk=CHUNK, learning_rate=RATE)
+    names = {
+        "heads.qkv.projection.weight": "qkv.weight",
+        "heads.qkv.conv.weight": lambda theirs: theirs["conv.weight"][:, 0],
+        "heads.weights.0": "first",
+        "heads.weights.1": "second",
+        "heads.norm_weight": "scale",
+        "heads.norm_bias": "shift",
+        "norm.weight": "norm",
+        "gate.weight": "gate.weight",
+        "out.weight": "out.weight",
+    }
+    for part in ("weight", "bias"):
+        names[f"heads.gates.{part}"] = lambda theirs, part=part: torch.cat(
+            [theirs[f"{name}.{part}"] for name in ("theta", "eta", "alpha")]
+        )
+    return pair(ours, Written(), names, lambda peer, x, cache: peer(x))
+
+
+class TestNeuralMemory(Agreement):
+    pass
+
+
+def test_rounds_no_worse_in_bfloat16(both):
+    assert_rounds_no_worse(both, time=40)
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_papers_own_form(depth, chunk):
+    """Without a norm, the loss a sum: outputs, weights, momentum and all gradients, the state's too."""
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64)
+
+    widths = [SIZE, *[10] * (depth - 1), 5]
+    inputs = [F.normalize(draw(2, 21, HEADS, SIZE), dim=-1) for _ in range(2)] + [draw(2, 21, HEADS, 5)]
+    inputs += [0.1 * draw(2, 21, HEADS).sigmoid(), *(draw(2, 21, HEADS).sigmoid() for _ in range(2))]
+    initial = [draw(HEADS, *size) / size[0] ** 0.5 for size in pairwise(widths)]
+    leaves = [z.requires_grad_() for z in [*inputs, *initial]]
+    *tokens, theta, eta, alpha = inputs
+    y, now, surprise = recur(*tokens, theta, eta, alpha, initial, lambda z, weights: mlp(z, weights), chunk)
+    settings = {"log_momentum": eta.log(), "log_keep": (1 - alpha).log(), "chunk": chunk, "gelu": "none"}
+    ours, state = fast_weights(*tokens, 2 * theta, tuple(initial), **settings)
+    weights = [a + change for a, change in zip(state.anchor, state.change, strict=True)]
+    theirs, ours = [y, *now, *surprise], [ours, *weights, *(-s for s in state.momentum)]
+    reading = [draw(*z.shape) for z in theirs]
+    for mine, other in zip(
+        [*ours, *torch.autograd.grad(ours, leaves, reading)],
+        [*theirs, *torch.autograd.grad(theirs, leaves, reading)],
+        strict=True,
+    ):
+        assert error(mine, other) < 1e-10
