@@ -72,6 +72,10 @@ CASES = (
     LayerCase(
         "Attention", {"num_heads": 12, "window": 512}, (layer_peers.transformers_mistral,), variant="window of 512"
     ),
+    LayerCase("DifferentialAttention", {"num_heads": 6}),
+    LayerCase("ForgettingAttention", {"num_heads": 12}),
+    LayerCase("LandmarkAttention", {"num_heads": 12}),
+    LayerCase("LatentAttention", {"num_heads": 12}),
     LayerCase("LRU", {}),
     LayerCase(
         "Mamba",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from seqzoo.mixer import NoState, named_mixers, positions_from_starts, reset_par
 
 HEAVY = ("triton", "transformers", "lightning", "matplotlib", "jsonargparse", "torch._dynamo")
 IMPORT = """
-import sys, time
+import gc, sys, time
 import torch
+gc.disable()  # a collection of torch's objects, 0.15 s, falls into the import or not, by chance
 before = time.process_time()
 import seqzoo
 print(time.process_time() - before, *sys.modules)
@@ -30,9 +32,14 @@ print(time.process_time() - before, *sys.modules)
 
 @pytest.fixture(scope="module")
 def imports():
-    """Seconds that ``import seqzoo`` takes once torch is there, and the modules loaded after it, in fresh processes."""
+    """Seconds that ``import seqzoo`` takes once torch is there, and the modules loaded after it, in fresh processes.
+
+    The first run may compile sources to bytecode, as happens once where the package is installed.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     runs = [
-        subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True) for _ in range(3)
+        subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, env=environment)
+        for _ in range(3)
     ]
     assert all(not run.stderr for run in runs)
     return [(float(seconds), modules) for seconds, *modules in (run.stdout.split() for run in runs)]
