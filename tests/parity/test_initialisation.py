@@ -23,6 +23,8 @@ from seqzoo.layers import (
     Based,
     DeltaNet,
     DeltaProduct,
+    DifferentialAttention,
+    ForgettingAttention,
     GatedDeltaNet,
     GatedDeltaNet2,
     GatedLinearAttention,
@@ -368,3 +370,25 @@ def test_rwkv7(start):
     torch.testing.assert_close(time.norm.weight.detach(), torch.full((64,), 0.75**0.7))
     wide = start(RWKV7, 1024)
     assert [part.down.out_features for part in (wide.decay_map, wide.rate_map, wide.gate_map)] == [64, 64, 160]
+
+
+def test_forgetting_attention_forgets_half(start):
+    """Official: all weights from N(0, 0.02), biases zero, so that a gate starts around one half."""
+    mixer = start(ForgettingAttention, 256, num_heads=64)
+    for name, linear in mixer.named_children():
+        if isinstance(linear, nn.Linear):
+            assert abs(linear.weight.std() - 0.02) < 0.001 and abs(linear.weight.mean()) < 0.001, name
+    assert not mixer.forget.bias.any()
+    for norm in (mixer.query_norm, mixer.key_norm, mixer.norm):
+        assert (norm.weight == 1).all()
+
+
+def test_differential_attention_cancels_by_depth(start):
+    """Official: vectors from N(0, 0.1), and a share that starts at 0.2 in the first layer and rises to 0.8."""
+    shares = []
+    for layer in (0, 3, 30):
+        mixer = start(DifferentialAttention, 2048, num_heads=1, layer_index=layer)
+        for vectors in (mixer.lambda_query, mixer.lambda_key):
+            assert abs(vectors.std() - 0.1) < 0.01 and abs(vectors.mean()) < 0.01
+        shares.append(mixer.start)
+    assert shares == pytest.approx([0.2, 0.8 - 0.6 * math.exp(-0.9), 0.8], abs=1e-3)
