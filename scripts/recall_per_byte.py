@@ -77,6 +77,7 @@ def mixers(dim: int) -> dict[str, dict[str, Any]]:
     half, quarter = dim // 2, dim // 4
     memory = {"num_heads": 2, "key_dim": half, "value_dim": half}
     erasable = memory | {"conv_size": None}
+    titans = {"num_heads": 4, "expand": 1, "conv_size": None, "rope_base": None}
     return {
         "Attention": {"num_heads": 1, "positions": "none"},
         "Attention, window": {"num_heads": 1, "positions": "none", "window": quarter},
@@ -114,6 +115,9 @@ def mixers(dim: int) -> dict[str, dict[str, Any]]:
             "conv_size": None,
             "use_gate": False,
         },
+        "TitansMAC": titans | {"segment": quarter, "learning_rate": 0.5},
+        "TitansMAG": titans | {"window": quarter, "learning_rate": 1.0},
+        "TitansMAL": titans | {"window": quarter, "learning_rate": 1.0},
         "TTTLinear": {"num_heads": 2, "head_dim": half},
         "TTTMLP": {"num_heads": 1, "head_dim": half, "expand": 1, "learning_rate": 1.0},
         "Hyena": {"max_length": LENGTH},

@@ -39,6 +39,9 @@ from seqzoo.layers.sgconv import SGConv
 from seqzoo.layers.short_conv import ShortConv
 from seqzoo.layers.slstm import SLSTM
 from seqzoo.layers.swiglu import SwiGLU
+from seqzoo.layers.titans_mac import TitansMAC
+from seqzoo.layers.titans_mag import TitansMAG
+from seqzoo.layers.titans_mal import TitansMAL
 from seqzoo.layers.ttt_linear import TTTLinear
 from seqzoo.layers.ttt_mlp import TTTMLP
 
@@ -49,7 +52,7 @@ FAMILIES = {
     "linear attention": (Based, GatedLinearAttention, HGRN2, LightningAttention, MLSTM, RetNet, RWKV6),
     "delta rule": (DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, RWKV7),
     "nonlinear recurrence": (SLSTM,),
-    "test-time training": (NeuralMemory, TTTLinear, TTTMLP),
+    "test-time training": (NeuralMemory, TTTLinear, TTTMLP, TitansMAC, TitansMAG, TitansMAL),
     "convolution": (Hyena, LongConv, SGConv, ShortConv),
     "feed-forward": (RWKV6ChannelMix, RWKV7ChannelMix, SwiGLU),
 }
@@ -96,6 +99,9 @@ __all__ = [
     "ShortConv",
     "SwiGLU",
     "TTTLinear",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
 ]
 
 if not TYPE_CHECKING:

@@ -132,6 +132,30 @@ class MemoryHeads(nn.Module):
         )
         return rearrange(o, "b t h d -> b t (h d)"), NeuralMemoryState(weights, conv)
 
+    def read(
+        self,
+        q: Float[Tensor, "batch time head channel"],
+        state: NeuralMemoryState | None,
+        begins: Bool[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch time width"]:
+        """``q + layernorm(M_A(q))``, A the weights from before the open chunk; the first ones in rows where a document
+        ``begins``.
+        """
+        wide = torch.promote_types(q.dtype, torch.float32)
+        z, weights = q.to(wide), tuple(weight.to(wide) for weight in self.weights)
+        if state is not None:
+            anchor = state.weights.anchor
+            if begins is not None:
+                fresh = begins[:, None, None, None]
+                anchor = tuple(torch.where(fresh, first, now) for first, now in zip(weights, anchor, strict=True))
+            weights = anchor
+        with torch.autocast(q.device.type, enabled=False):
+            for index, weight in enumerate(weights):
+                z = torch.matmul(F.gelu(z).transpose(1, 2) if index else z.transpose(1, 2), weight).transpose(1, 2)
+            z = F.layer_norm(z, z.shape[-1:], eps=self.norm_eps)
+            y = q + torch.addcmul(self.norm_bias.to(wide), self.norm_weight.to(wide), z)
+        return rearrange(y.to(q.dtype), "b t h d -> b t (h d)")
+
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one sequence's state: all weights three times, a position, and the convolution's."""
         wide = torch.promote_types(dtype, torch.float32)

@@ -15,7 +15,8 @@ from peers import Agreement, assert_rounds_no_worse, error, pair
 from torch import nn
 
 from seqzoo.kernels.fast_weights import fast_weights
-from seqzoo.layers import NeuralMemory
+from seqzoo.layers import NeuralMemory, TitansMAC
+from seqzoo.parts.persistent_attention import PersistentWindow
 
 HEADS, SIZE, CHUNK, RATE = 2, 6, 8, 0.1
 
@@ -130,3 +131,59 @@ def test_the_papers_own_form(depth, chunk):
         strict=True,
     ):
         assert error(mine, other) < 1e-10
+
+
+def find(mixer, q, k, v, visible):
+    """Softmax over all pairs, those that are not visible left out; persistent tokens always are."""
+    more_k, more_v = mixer.key_value(mixer.persistent).unflatten(-1, (2, HEADS, -1)).unbind(1)
+    k, v = (torch.cat([z.expand(len(q), *z.shape), w], 1) for z, w in ((more_k, k), (more_v, v)))
+    logits = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
+    weights = logits.masked_fill(~F.pad(visible, (len(more_k), 0), value=True), -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v).flatten(2)
+
+
+@pytest.mark.parametrize("window", [1, 5, 30, 70, 150])
+def test_a_window_beside_persistent_tokens_written_out(window):
+    part = PersistentWindow(32, num_heads=HEADS, window=window, persistent=3, rope_base=None).double()
+    nn.init.normal_(part.persistent)
+    x, back = torch.randn(2, 141, 32).double(), torch.arange(141)[:, None] - torch.arange(141)
+    q, k, v = part.query(x), *part.key_value(x).chunk(2, -1)
+    expected = find(part, *(z.unflatten(-1, (HEADS, -1)) for z in (q, k, v)), (back >= 0) & (back < window))
+    assert error(part(x)[0], expected) < 1e-12
+
+
+def test_memory_as_a_context_written_out():
+    """Segment by segment, with the memory's weights after each token by autograd's gradients."""
+    mixer = TitansMAC(12, num_heads=HEADS, segment=CHUNK, learning_rate=RATE, conv_size=None, rope_base=None).double()
+    nn.init.normal_(mixer.attention.persistent)
+    heads, near, x = mixer.memory, mixer.attention, torch.randn(2, 21, 12).double()
+
+    def read(z, weights):
+        return z + heads.norm_weight * F.layer_norm(mlp(z, weights), (SIZE,), eps=1e-5) + heads.norm_bias
+
+    def unit(z):
+        z = F.silu(z).unflatten(-1, (HEADS, -1))
+        return z / (z.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+    def rms(z):
+        return z * (z.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+    now = [w.expand(2, *w.shape) for w in heads.weights]
+    surprise, outputs = [torch.zeros_like(w) for w in now], []
+    for segment in x.split(CHUNK, 1):
+        anchor, time = now, segment.shape[1]
+        recalled = torch.stack([read(r, anchor) for r in unit(mixer.recall(segment)).unbind(1)], 1).flatten(2)
+        k, v = near.key_value(torch.cat([recalled, segment], 1)).unflatten(-1, (2, HEADS, -1)).unbind(2)
+        seen = torch.ones(time, time).tril().bool().repeat(1, 2)
+        a = find(near, near.query(segment).unflatten(-1, (HEADS, -1)), k, v, seen).detach()  # it knows the anchor, too
+        q, k, v = heads.qkv.projection(a).chunk(3, -1)
+        q, k, v = unit(q), unit(k), F.silu(v).unflatten(-1, (HEADS, -1))
+        gates = heads.gates(a).sigmoid()[..., None, None].split(HEADS, 2)
+        for t in range(time):
+            theta, eta, alpha = (gate[:, t] for gate in gates)
+            loss = (read(k[:, t], anchor) - v[:, t]).square().mean(-1).sum()
+            gradients = torch.autograd.grad(loss, anchor, retain_graph=True)
+            surprise = [eta * s - RATE * theta * g for s, g in zip(surprise, gradients, strict=True)]
+            now = [(1 - alpha) * m + s for m, s in zip(now, surprise, strict=True)]
+            outputs.append(rms(a[:, t]) * F.silu(rms(read(q[:, t], now).flatten(1))))
+    assert error(mixer(x)[0], mixer.out(torch.stack(outputs, 1))) < 1e-10
