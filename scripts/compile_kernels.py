@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from seqzoo.kernels import OPERATORS, TOKENWISE, adapters, triton_support
+from seqzoo.kernels import EVERY_OPERATOR, OPERATORS, TOKENWISE, adapters, triton_support
 
 
 class Chip(NamedTuple):
@@ -75,6 +75,7 @@ SIZES: dict[str, list[dict[str, int]]] = {
     "gated_delta_product": HEADS[:2],
     "dplr_delta_rule": [{"heads": 2, "key": 64, "value": 64}, {"heads": 2, "key": 128, "value": 128}],
     "mlstm": HEADS,
+    "attention": [sizes | {"heads": 4} for sizes in HEADS],
     # Heads of 64 or 128 as of Mamba-2 and delta rules, groups as wide as a layer, and one that fills many registers.
     "gated_norm": [{"groups": groups, "size": size} for groups, size in ((32, 64), (16, 128), (1, 2048), (1, 8192))],
 }
@@ -323,9 +324,9 @@ def run_operator(job: Job) -> None:
     elif job.mode == "packed":
         starts = torch.rand(1, TIMES[job.mode]) < 0.01
     if job.mode != "decode":
-        inputs = tree_map_only(torch.Tensor, lambda x: x.requires_grad_(), inputs)
+        inputs = tree_map_only(torch.Tensor, lambda x: x.requires_grad_(x.is_floating_point()), inputs)
     operator = getattr(importlib.import_module(f"seqzoo.kernels.{job.operator}"), job.operator)
-    if job.operator not in TOKENWISE:
+    if job.operator in OPERATORS:
         inputs["starts"] = starts
     outputs = tree_leaves(operator(**inputs, backend=job.backend))
     if job.mode != "decode":
@@ -416,7 +417,7 @@ def show_operators(kernels: list[Kernel]) -> Table:
 
 
 def main() -> int:
-    known = OPERATORS | TOKENWISE
+    known = EVERY_OPERATOR | TOKENWISE
     with_triton = [name for name, implementations in known.items() if "triton" in implementations]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=CHIPS, default=["sm_80", "sm_90"], help="chips")

@@ -24,7 +24,7 @@ from timing import forward, forward_and_backward
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from seqzoo.kernels import OPERATORS, TOKENWISE
+from seqzoo.kernels import EVERY_OPERATOR, OPERATORS, TOKENWISE
 from seqzoo.kernels.backends import why_not
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,9 +60,9 @@ def to(inputs: Any, device: str, dtype: torch.dtype | None = None) -> Any:
 
 def differentiate(run: Callable[..., Any], inputs: dict[str, Any], starts: Tensor | None) -> dict[str, Tensor]:
     """Outputs, last state and gradients, by name, when all outputs are weighted at random."""
-    inputs = tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(), inputs)
+    inputs = tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), inputs)
     outputs = tree_leaves(run(**inputs) if starts is None else run(**inputs, starts=starts))
-    learned = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    learned = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
     random = torch.Generator().manual_seed(1)
     weights = [torch.randn(y.shape, generator=random).bfloat16().to(y.device, y.dtype) for y in outputs]
     gradients = torch.autograd.grad(outputs, learned, weights, allow_unused=True, materialize_grads=True)
@@ -93,7 +93,7 @@ def compare(operator: str, variant: str, dtype: torch.dtype, length: int, device
     for seed in range(seeds):
         inputs = equation(operator).example(time=length, dtype=dtype, seed=seed, **equation(operator).VARIANTS[variant])
         starts = None
-        if operator not in TOKENWISE:
+        if operator in OPERATORS:
             starts = (torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) < 1 / 16).to(device)
         inputs = to(inputs, device)
         truth = differentiate(exact, to(inputs, device, torch.float64), starts)
@@ -251,7 +251,7 @@ def main() -> int:
         print("gpu_check: no GPU that torch can use is here", file=sys.stderr)
         return 2
     began, seconds = time.perf_counter(), 60 * options.minutes
-    known = OPERATORS | TOKENWISE
+    known = EVERY_OPERATOR | TOKENWISE
     with_triton = [name for name, implementations in known.items() if "triton" in implementations]
     numbers, right = check_numbers("cuda", began + seconds / 2, with_triton)
     speed = check_speed("cuda", began + seconds)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from seqzoo.kernels.attention import chunked, native, reference, sdpa
+from seqzoo.kernels.attention import chunked, native, reference, sdpa, triton_op
 from seqzoo.kernels.backends import FLOATS, check_log_decay, choose, explained
 
 IMPLEMENTATIONS = {
@@ -22,6 +22,7 @@ IMPLEMENTATIONS = {
     "chunked": chunked.attention,
     "sdpa": sdpa.attention,
     "native": native.attention,
+    "triton": triton_op.attention,
 }
 
 
@@ -57,7 +58,7 @@ def attention(
         v: values, of the dtype of ``q`` and ``k``.
         log_forget: logarithm of what each slot leaves of all before it, at most 0, float32 or better.
         sink: logit of an empty value that every query sees.
-        first: the slot where each token's document begins; None for 0.
+        first: the slot where each token's document begins, which never falls from token to token; None for 0.
         window: slots that are visible, the own one included; None for all.
         sinks: first slots of the document that stay visible beyond the window.
         soft_cap: logits stay between minus and plus this; above 0.
@@ -96,7 +97,14 @@ def attention(
             "or documents without a mask of all pairs; use auto, "
             + ", ".join(n for n in IMPLEMENTATIONS if n != "sdpa")
         )
-    run = IMPLEMENTATIONS[choose("attention", IMPLEMENTATIONS, backend, q, q.shape[1])]
+    wide = not triton_op.serves(q, v)
+    if backend == "triton" and wide:
+        raise ValueError(
+            f"backend='triton' cannot run attention: keys of {q.shape[3]} and values of {v.shape[3]}; its kernels take "
+            f"{triton_op.WIDEST} or fewer; use auto, chunked or reference"
+        )
+    possible = {name: run for name, run in IMPLEMENTATIONS.items() if name != "triton" or not wide}
+    run = IMPLEMENTATIONS[choose("attention", possible, backend, q, q.shape[1])]
     with torch.autocast(q.device.type, enabled=False):
         decay = None if log_forget is None else _running_sum(log_forget)
         cutoff = None if prune is None else _cutoff(q, k, scale, soft_cap, prune)

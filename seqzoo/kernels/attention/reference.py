@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from seqzoo.kernels.backends import accumulation_dtype
+
+# What PyTorch's kernels cannot do.
+VARIANTS = {
+    "documents": {"documents": True},
+    "window": {"window": 96, "sinks": 4, "documents": True},
+    "forgetting": {"forgets": True, "prune": 1e-6},
+    "cap and sink": {"soft_cap": 20.0, "sink": True},
+}
 
 
 def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale):
@@ -35,3 +47,37 @@ def visible(first, time, slots, window, sinks, device, begin=0, end=None):
     if window is not None:
         seen = seen & ((own - slot < window) | (slot - since < sinks))
     return seen if first is not None else seen[None]
+
+
+def example(
+    batch: int = 2,
+    time: int = 37,
+    before: int = 0,
+    groups: int = 2,
+    heads: int = 4,
+    key: int = 16,
+    value: int = 16,
+    documents: bool = False,
+    forgets: bool = False,
+    sink: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Random inputs in legal ranges, as keyword arguments of the operator, with ``before`` slots from earlier."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+
+    slots, wide = before + time, torch.promote_types(dtype, torch.float32)
+    inputs: dict[str, Any] = {"q": draw(batch, time, heads, key)}
+    inputs |= {"k": draw(batch, slots, groups, key), "v": draw(batch, slots, groups, value)}
+    if forgets:
+        inputs["log_forget"] = F.logsigmoid(draw(batch, slots, heads).to(wide) + 2)
+    if sink:
+        inputs["sink"] = draw(heads).to(wide)
+    if documents:
+        begins = torch.rand(batch, slots, generator=random) < 1 / 16
+        inputs["first"] = torch.where(begins, torch.arange(slots), 0).cummax(1).values[:, before:]
+    return inputs | settings
