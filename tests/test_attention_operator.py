@@ -161,8 +161,9 @@ def test_rounds_no_worse_than_plain_pytorch(backend, settings, dtype):
     for name, truth in exact.items():
         assert ours[name].dtype == plain[name].dtype
         error, allowed = ((side[name].double() - truth).norm() / truth.norm() for side in (ours, plain))
-        # Weights are rounded to the inputs' precision before they meet values, as in every fused kernel.
-        floor = 3 * torch.finfo(torch.float32).eps if dtype == torch.float32 else torch.finfo(dtype).eps
+        # Fused kernels round weights to the inputs' precision before they meet values, where tensor cores want that.
+        fused = backend == "triton" or (backend == "native" and dtype == torch.bfloat16)
+        floor = torch.finfo(dtype).eps if fused and dtype != torch.float32 else 3 * torch.finfo(torch.float32).eps
         assert error <= max(2 * allowed, floor), (name, error, allowed)
 
 
@@ -197,7 +198,7 @@ def test_pruning_takes_no_more_weight_than_it_may(backend, prune):
     whole, pruned = (attention(**inputs, prune=p, backend=backend) for p in (None, prune))
     difference = (whole - pruned).abs().max()
     assert difference <= 2 * prune * inputs["v"].abs().max()
-    if backend == "chunked" and prune == 1e-3:  # the others leave out whole tiles only
+    if prune == 1e-3 and backend != "triton":  # whose test with NaN stands above
         assert difference > 0
 
 
@@ -271,5 +272,5 @@ def test_refuses_what_does_not_fit(inputs, settings, message, unchecked):
 
 
 def test_refuses_growth_when_ranges_are_checked():
-    with checked_ranges(), pytest.raises(ValueError, match=r"log_decay reaches 0\.5"):
+    with checked_ranges(), pytest.raises(ValueError, match=r"log_forget reaches 0\.5"):
         attention(**bad(log_forget=lambda x: x * 0 + 0.5))

@@ -857,6 +857,34 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(layer):
 # What single layers promise beyond the laws.
 
 
+ATTENTIONS = [Attention, DifferentialAttention, ForgettingAttention, LandmarkAttention, LatentAttention]
+ATTENTIONS += [partial(Attention, window=5), partial(Attention, window=5, soft_cap=2.0)]
+
+
+@pytest.mark.parametrize("build", ATTENTIONS)
+@torch.no_grad()
+def test_what_is_kept_in_full_precision_is_read_under_autocast(build):
+    mixer, x = build(DIM), draw(BATCH, 20, dtype=torch.float32)
+    expected, state = mixer(x)[0], mixer(x[:, :10])[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        pieces = []
+        for piece in x[:, 10:].split([1, 1, 8], 1):
+            y, state = mixer(piece, state)
+            pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1).float(), expected[:, 10:], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("build", ATTENTIONS)
+@torch.no_grad()
+def test_other_lengths_do_not_compile_attention_anew(build):
+    torch._dynamo.reset()
+    mixer = build(DIM)
+    compiled = torch.compile(mixer, fullgraph=True, backend="eager")
+    for time in range(10, 22):  # more than torch._dynamo.config.recompile_limit
+        x = draw(1, time, dtype=torch.float32)
+        torch.testing.assert_close(compiled(x)[0], mixer(x)[0])
+
+
 def test_max_length_counts_the_tokens_of_a_document_over_all_calls():
     mixer, x = Attention(DIM, max_length=9).double(), draw(1, 40)
     starts = torch.arange(40)[None] % 9 == 0

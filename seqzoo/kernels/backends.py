@@ -178,10 +178,10 @@ def checked_ranges() -> Iterator[None]:
         _checks_ranges = before
 
 
-def check_log_decay(operator: str, log_decay: Tensor | None) -> None:
-    """Under ``checked_ranges``, raise ValueError unless ``log_decay`` is at most 0 everywhere."""
+def check_log_decay(operator: str, log_decay: Tensor | None, name: str = "log_decay") -> None:
+    """Under ``checked_ranges``, raise ValueError unless ``log_decay``, called ``name``, is at most 0 everywhere."""
     if _checks_ranges and log_decay is not None and not (log_decay <= 0).all():
-        raise ValueError(f"{operator}: log_decay reaches {log_decay.max().item():g}; expected at most 0 everywhere")
+        raise ValueError(f"{operator}: {name} reaches {log_decay.max().item():g}; expected at most 0 everywhere")
 
 
 def check_heads(

@@ -153,14 +153,15 @@ class Attention(Mixer):
 
     def _attend_all(self, q, k, v, positions, state, unbroken):
         memory = KeyValueBuffer.after(state, k, v, positions[:, -1] + 1)
-        k, v, _ = memory.used()
+        k, v, _ = memory.used(q.dtype)
         first = None if state is None and unbroken else first_slots(positions, k.shape[1])
         return self._attend(q, k, v, first), memory
 
     def _attend_window(self, q, k, v, positions, state, unbroken):
         assert self.window is not None
         time, position = k.shape[1], positions[:, -1] + 1
-        if state is not None and time == 1 and unbroken and self.sink is None and self.soft_cap is None:
+        plain = self.sink is None and self.soft_cap is None and self.backend in ("auto", "sdpa")
+        if state is not None and time == 1 and unbroken and plain:
             return self._step(q, state.step(k, v, position, self.window, self.sinks))
         ring = KeyValueRing.after(state, k, v, position, self.window, self.sinks)
         first = None if unbroken else first_slots(positions, time)
@@ -178,7 +179,7 @@ class Attention(Mixer):
         """One token against the ring as it lies: without positions in it, the order of slots does not matter."""
         assert self.window is not None
         visible = held_positions(ring.position, self.window, self.sinks)[:, None, None] >= 0
-        q, k, v = (z.transpose(1, 2) for z in (q, ring.keys, ring.values))
+        q, k, v = (z.transpose(1, 2).to(q.dtype) for z in (q, ring.keys, ring.values))
         y = F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=self.num_kv_heads < self.num_heads)
         return y.transpose(1, 2), ring
 

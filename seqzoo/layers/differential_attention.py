@@ -102,7 +102,7 @@ class DifferentialAttention(Mixer):
         if self.rotary is not None:
             q, k = self.rotary.turn(q, positions), self.rotary.turn(k, positions)
         memory = KeyValueBuffer.after(state, k, v, positions[:, -1] + 1)
-        k, v, _ = memory.used()
+        k, v, _ = memory.used(q.dtype)
         first = None if state is None and starts is None else first_slots(positions, k.shape[1])
         y = attention(q, k, torch.cat([v, v], 2), first=first, backend=self.backend)
         kept, cancelled = y.chunk(2, 2)

@@ -128,7 +128,7 @@ class ForgettingAttention(Mixer):
         wide = torch.promote_types(x.dtype, torch.float32)
         log_forget = F.logsigmoid(self.forget(x).to(wide))
         memory = KeyValueBuffer.after(state and state.memory, k, v, positions[:, -1] + 1, log_forget)
-        k, v, log_forget = memory.used()
+        k, v, log_forget = memory.used(q.dtype)
         first = None if state is None and starts is None else first_slots(positions, k.shape[1])
         y = attention(q, k, v, log_forget, first=first, prune=self.prune, backend=self.backend).flatten(2)
         gate = None if self.gate is None else self.gate(x)

@@ -109,12 +109,16 @@ class LandmarkAttention(Mixer):
 
         # Every token could end its block: what is made where none ends is never read.
         back = min(self.block_size - 1, 0 if state is None else state.filled.shape[1])
-        near = k if state is None or back == 0 else torch.cat([state.used()[0][:, -back:, :, : self.head_dim], k], 1)
+        near = (
+            k
+            if state is None or back == 0
+            else torch.cat([state.used(k.dtype)[0][:, -back:, :, : self.head_dim], k], 1)
+        )
         begin = torch.arange(back, back + time, device=x.device) - positions % self.block_size
         marks = attention(look, near, near, first=begin, window=self.block_size, backend=self.backend) + extra
 
         memory = KeyValueBuffer.after(state, torch.cat([k, marks], -1), v, positions[:, -1] + 1)
-        both, v, _ = memory.used()
+        both, v, _ = memory.used(q.dtype)
         place = positions
         if state is not None:
             before = torch.arange(-state.filled.shape[1], 0, device=x.device) + state.position[:, None]

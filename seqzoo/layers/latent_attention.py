@@ -68,7 +68,7 @@ class LatentAttention(Mixer):
         value_dim = dim // num_heads if value_dim is None else value_dim
         latent_dim = 4 * key_dim if latent_dim is None else latent_dim
         rope_dim = max(key_dim // 4 * 2, 2) if rope_dim is None else rope_dim
-        sizes = {"latent_dim": latent_dim, "query_rank": query_rank, "key_dim": key_dim, "value_dim": value_dim}
+        sizes = {"key_dim": key_dim, "value_dim": value_dim, "latent_dim": latent_dim, "query_rank": query_rank}
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name}={size} with dim={dim}, num_heads={num_heads}: use 1 or more")
@@ -100,15 +100,15 @@ class LatentAttention(Mixer):
         latent, turned = self.down(x).split([self.latent_dim, self.rope_dim], -1)
         kept = torch.cat([self.norm(latent)[:, :, None], self.rotary.turn(turned[:, :, None], positions)], -1)
         memory = KeyValueBuffer.after(state, kept, kept[..., :0], positions[:, -1] + 1)
-        kept = memory.used()[0]
+        kept = memory.used(q.dtype)[0]
         first = None if state is None and starts is None else first_slots(positions, kept.shape[1])
-        look = self._look_at_latents if self._is_few(time) else self._look_at_heads
+        look = self._look_at_latents if self._is_few(time, kept.shape[1]) else self._look_at_heads
         return self.out(look(q, turning, kept, first).flatten(2)), memory
 
-    def _is_few(self, time: int) -> bool:
-        """Whether fewer products are needed on the latents' side, for each head and each token that is kept."""
-        expand = self.latent_dim * (self.key_dim + self.value_dim)
-        return time * (2 * self.latent_dim) < expand + time * (self.key_dim + self.value_dim)
+    def _is_few(self, time: int, slots: int) -> bool:
+        """Whether a head needs fewer products on the latents' side: maps go over tokens then, and not over slots."""
+        pair = self.key_dim + self.value_dim
+        return time * (self.latent_dim * pair + slots * 2 * self.latent_dim) < slots * (self.latent_dim + time) * pair
 
     def _look_at_heads(self, q, turning, kept, first):
         latent, turned = kept.split([self.latent_dim, self.rope_dim], -1)
@@ -123,7 +123,6 @@ class LatentAttention(Mixer):
         weight = rearrange(self.up.weight, "(h d) c -> h d c", h=self.num_heads).to(q.dtype)
         of_keys, of_values = weight.split([self.key_dim, self.value_dim], 1)
         q = torch.cat([torch.einsum("bthd,hdc->bthc", q, of_keys), turning.to(q.dtype)], -1)
-        kept = kept.to(q.dtype)
         latent = kept[..., : self.latent_dim]
         o = attention(q, kept, latent, first=first, scale=self._scale(), backend=self.backend)
         return torch.einsum("bthc,hdc->bthd", o, of_values)

@@ -44,10 +44,10 @@ class KeyValueBuffer(NamedTuple):
             log_forget = _extended(past.log_forget, used, log_forget)
         return cls(keys, values, log_forget, position, filled)
 
-    def used(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and logarithms of what is forgotten in the slots that are filled."""
+    def used(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values as ``dtype``, and logarithms of what is forgotten, in the slots that are filled."""
         count = self.filled.shape[1]
-        return self.keys[:, :count], self.values[:, :count], self.log_forget[:, :count]
+        return self.keys[:, :count].to(dtype), self.values[:, :count].to(dtype), self.log_forget[:, :count]
 
 
 def first_slots(positions: Int[Tensor, "batch time"], slots: int) -> Int[Tensor, "batch time"]:
@@ -78,7 +78,8 @@ class KeyValueRing(NamedTuple):
         order = held.argsort(-1)
         rows = torch.arange(len(held), device=held.device)[:, None]
         keys, values = (
-            torch.cat([old[rows, order], new], 1) for old, new in ((self.keys, keys), (self.values, values))
+            torch.cat([old[rows, order].to(new.dtype), new], 1)
+            for old, new in ((self.keys, keys), (self.values, values))
         )
         goes_on = positions == self.position[:, None] + torch.arange(positions.shape[1], device=held.device)
         empty = (held < 0).sum(-1, keepdim=True)
@@ -96,7 +97,8 @@ class KeyValueRing(NamedTuple):
         else:
             slots = torch.arange(held.shape[1], device=held.device)
             source = torch.where((token >= 0) & (held >= 0), token + held.shape[1], slots)
-            keys, values = torch.cat([past.keys, keys], 1), torch.cat([past.values, values], 1)
+            keys = torch.cat([past.keys, keys.to(past.keys.dtype)], 1)
+            values = torch.cat([past.values, values.to(past.values.dtype)], 1)
         rows = torch.arange(len(held), device=held.device)[:, None]
         empty = (held < 0)[..., None, None]
         keys, values = keys[rows, source].masked_fill(empty, 0), values[rows, source].masked_fill(empty, 0)
@@ -108,7 +110,8 @@ class KeyValueRing(NamedTuple):
         slot = torch.where(last < sinks, last, sinks + (last - sinks) % window)
         rows = torch.arange(len(slot), device=slot.device)
         write = torch.index_put if torch.is_grad_enabled() else torch.Tensor.index_put_
-        keys, values = write(self.keys, (rows, slot), key[:, 0]), write(self.values, (rows, slot), value[:, 0])
+        keys = write(self.keys, (rows, slot), key[:, 0].to(self.keys.dtype))
+        values = write(self.values, (rows, slot), value[:, 0].to(self.values.dtype))
         return KeyValueRing(keys, values, position)
 
 
@@ -122,7 +125,7 @@ def held_positions(position: Int[Tensor, " batch"], window: int, sinks: int) -> 
 
 def _extended(old: Tensor, used: int, new: Tensor) -> Tensor:
     """The first ``used`` slots of ``old`` with ``new`` behind them, and room for more when autograd is off."""
-    total = used + new.shape[1]
+    total, new = used + new.shape[1], new.to(old.dtype)
     if torch.is_grad_enabled():
         return torch.cat([old[:, :used], new], 1)
     if total > old.shape[1]:

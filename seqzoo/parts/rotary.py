@@ -42,7 +42,9 @@ class Rotary(NamedTuple):
     def check(self) -> Rotary:
         """Itself; raise ValueError unless the settings fit together."""
         if self.size < 2 or self.size % 2:
-            raise ValueError(f"head_dim={self.size} is odd or 0; rotary positions need pairs of channels")
+            raise ValueError(
+                f"head_dim={self.size}, channels of a head that turn, is odd or 0; rotary positions need pairs"
+            )
         if not self.base > 1:
             raise ValueError(f"rope_base={self.base}: expected a number above 1")
         for name, value, kinds in (

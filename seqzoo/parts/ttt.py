@@ -52,6 +52,10 @@ class SelfTrainedHeads(nn.Module):
         if num_heads < 1:
             raise ValueError(f"num_heads={num_heads}: a layer needs at least 1 head")
         head_dim = dim // num_heads if head_dim is None else head_dim
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(
+                f"head_dim={head_dim} (dim={dim}, num_heads={num_heads}): rotary positions need pairs of channels"
+            )
         self.rotary = Rotary(head_dim, rope_base, "neighbours").check()
         if hidden is not None and hidden < 1:
             raise ValueError(f"expand={hidden}: a hidden layer is at least 1 times as wide as a head")

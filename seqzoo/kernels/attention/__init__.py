@@ -29,9 +29,7 @@ IMPLEMENTATIONS = {
 def explain(time: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """Which implementation ``backend="auto"`` takes for ``time`` tokens, and why not the others."""
     lines = explained("attention", IMPLEMENTATIONS)(time, device, dtype).splitlines()
-    own = (
-        "  sdpa before all where it can serve: nothing forgotten, no cap, no logit of a sink, and all before is visible"
-    )
+    own = "  sdpa where it can serve: no forgetting, cap or logit of a sink, and all is visible or one token looks"
     return "\n".join([lines[0], own, *(line for line in lines[1:] if "sdpa" not in line)])
 
 
@@ -89,7 +87,7 @@ def attention(
     if window is not None and window >= k.shape[1]:
         window, sinks = None, 0
     plain = sdpa.serves(q, k, log_forget, sink, first, window, soft_cap)
-    if backend == "auto" and plain:
+    if backend == "auto" and plain and sdpa.is_fused(q, v):
         backend = "sdpa"
     if backend == "sdpa" and not plain:
         raise ValueError(
@@ -160,4 +158,4 @@ def _check(q, k, v, log_forget, sink, first) -> None:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; expected one dtype")
     if first is not None and (first.dtype != torch.int64 or first.device != q.device):
         raise ValueError(f"attention: first is {first.dtype} on {first.device}; expected torch.int64 on {q.device}")
-    check_log_decay("attention", log_forget)
+    check_log_decay("attention", log_forget, "log_forget")

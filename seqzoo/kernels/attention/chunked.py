@@ -16,7 +16,7 @@ from torch import Tensor
 from seqzoo.kernels.attention.reference import visible
 from seqzoo.kernels.backends import accumulation_dtype
 
-# Logits that are in memory at a time.
+# Logits that are in memory at a time, of which there are some copies.
 ROOM = 1 << 24
 
 
@@ -50,7 +50,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Block:
-    """Tokens ``[start, stop)`` and the slots ``[begin, end)``, outside of which none of them sees any."""
+    """Tokens ``[start, stop)`` and the spans of slots outside of which none of them sees any."""
 
     def __init__(self, inputs, settings, start, stop, spans) -> None:
         self.q, self.k, self.v, self.decay, self.sink, self.first, self.cutoff = inputs
@@ -139,7 +139,7 @@ def _blocks(inputs, settings) -> Iterator[_Block]:
     # documents, which only the data knows.
     everywhere = window is None or (sinks > 0 and first is not None)
     width = slots if window is None or everywhere else min(slots, 2 * window + sinks)
-    size = max(1, ROOM // (batch * heads * width))
+    size = max(1, ROOM // max(1, batch * heads * width))
     size = min(size, time, 512 if window is None else max(window, 64))
     for start in range(0, time, size):
         stop = min(start + size, time)

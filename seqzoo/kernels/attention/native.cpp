@@ -28,7 +28,7 @@ struct Problem {
     const int64_t* first;   // [batch][token] or null
     const double* cutoff;   // [batch][head] or null
     int64_t batch, time, slots, heads, groups, key, value;
-    int64_t window, sinks;  // a window of `slots` is none
+    int64_t window, sinks;
     Wide<T> soft_cap, scale;  // a cap of 0 is none
 
     int64_t shared() const { return heads / groups; }
@@ -49,14 +49,13 @@ struct Group {
     int64_t first(int64_t t) const { return p.first ? p.first[b * p.time + t] : 0; }
     const double* decay(int64_t r) const { return p.decay + (b * p.heads + g * p.shared() + r) * p.slots; }
 
-    // The rows of tokens [t0, t1), heads of one token together, as Ts or as numbers of W times `factor`.
-    template <class To>
-    void gather(const T* x, int64_t size, int64_t t0, int64_t t1, W factor, To* to) const {
+    // The rows of tokens [t0, t1), heads of one token together.
+    void gather(const T* x, int64_t size, int64_t t0, int64_t t1, T* to) const {
         const int64_t width = p.shared() * size;
         for (int64_t t = t0; t < t1; t++) {
             const T* from = x + ((b * p.time + t) * p.heads + g * p.shared()) * size;
             for_each_vector<T>(width, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-                store(to + (t - t0) * width + i, load(from + i) * factor);
+                store(to + (t - t0) * width + i, load(from + i));
             });
         }
     }
@@ -164,7 +163,7 @@ void forward(const Problem<T>& p, T* o, Wide<T>* sums, int64_t threads) {
         const Group<T> group{p, which / p.groups, which % p.groups};
         const int64_t t0 = tile * tokens, t1 = std::min(p.time, t0 + tokens), rows = (t1 - t0) * shared;
         T* q = workspace<0, T>(rows * p.key + LANES<T>);
-        group.gather(p.q, p.key, t0, t1, W(1), q);
+        group.gather(p.q, p.key, t0, t1, q);
         W* l = workspace<1, W>(rows * SLOTS);
         W* out = workspace<2, W>(rows * p.value + LANES<T>);
         W *largest = workspace<3, W>(2 * rows), *total = largest + rows;
@@ -282,8 +281,8 @@ void backward_part(const Group<T>& group, const Gradients<T>& grad, int64_t part
         for (int64_t t0 = std::max<int64_t>(0, j0 - p.own(0)) / tokens * tokens; t0 < p.time; t0 += tokens) {
             const int64_t t1 = std::min(p.time, t0 + tokens), rows = (t1 - t0) * shared;
             if (!any_seen(group, t0, t1, j0, j1)) continue;
-            group.gather(p.q, p.key, t0, t1, W(1), q);
-            group.gather(grad.d_o, p.value, t0, t1, W(1), d_o);
+            group.gather(p.q, p.key, t0, t1, q);
+            group.gather(grad.d_o, p.value, t0, t1, d_o);
             gemm<PRECISION<T>>({rows, count, p.key}, Matrix<const T>{q, p.key}, keys.transposed(), Matrix<W>{l, SLOTS},
                                p.scale);
             finish_logits<T>(group, t0, t1, j0, j1, l, slope);
@@ -343,7 +342,7 @@ void backward(const Problem<T>& p, const Gradients<T>& grad, int64_t threads) {
     using W = Wide<T>;
     const int64_t groups = p.batch * p.groups, shared = p.shared(), all = p.time * shared * p.key;
     // Where groups are fewer than threads, several parts share one; each sums what tiles of slots give to queries.
-    const int64_t parts = std::clamp<int64_t>((2 * threads + groups - 1) / groups, 1, (p.slots + SLOTS - 1) / SLOTS);
+    const int64_t parts = std::clamp<int64_t>((threads + groups - 1) / groups, 1, (p.slots + SLOTS - 1) / SLOTS);
     const bool split = parts > 1;
     W* dq = split ? workspace<20, W>(groups * parts * all) : nullptr;
     double* ddecay = split && grad.decay ? workspace<21, double>(groups * parts * shared * p.slots) : nullptr;
@@ -404,7 +403,7 @@ Problem<T> make(const void* q, const void* k, const void* v, const void* decay, 
             groups,
             key,
             value,
-            window,
+            window ? window : slots,
             sinks,
             Wide<T>(soft_cap),
             Wide<T>(scale)};
@@ -412,7 +411,7 @@ Problem<T> make(const void* q, const void* k, const void* v, const void* decay, 
 
 }  // namespace
 
-// The running sum of what is forgotten, the sink's logit, first slots and cut-offs may be null.
+// The running sum of what is forgotten, the sink's logit, first slots and cut-offs may be null; no window is 0.
 SEQZOO_EXPORT void attention_forward(int64_t dtype, int64_t threads, const void* q, const void* k, const void* v,
                                      const void* decay, const void* sink, const void* first, const void* cutoff,
                                      void* o, void* sums, int64_t batch, int64_t time, int64_t slots, int64_t heads,

@@ -17,7 +17,7 @@ def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scal
     wide = accumulation_dtype(v)
     decay, cutoff = (x if x is None else x.double() for x in (decay, cutoff))
     sink = None if sink is None else sink.to(wide)
-    settings = k.shape[1] if window is None else window, sinks, float(soft_cap or 0), float(scale)
+    settings = window or 0, sinks, float(soft_cap or 0), float(scale)
     o, _ = _FORWARD(q.to(dtype), k.to(dtype), v.to(dtype), decay, sink, first, cutoff, *settings)
     return o.to(v.dtype)
 

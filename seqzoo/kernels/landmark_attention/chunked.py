@@ -18,7 +18,7 @@ ROOM = 1 << 22
 
 def landmark_attention(q, k, v, landmarks, place, block, top_k, scale):
     time, slots, heads = q.shape[1], k.shape[1], q.shape[2]
-    size = max(1, min(time, ROOM // (len(q) * heads * slots)))
+    size = max(1, min(time, ROOM // max(1, len(q) * heads * slots)))
     wide = accumulation_dtype(v)
     slot = torch.arange(slots, device=q.device)
     # The slot where each one's block ends, if it does.
