@@ -138,7 +138,10 @@ def with_gradients(inputs, results):
     smooth = [z for z in results.values() if not counts(z)]
     # Numbers of bfloat16, so that they are the same ones in every dtype.
     weights = [torch.randn(z.shape, generator=random).bfloat16().to(z.dtype) for z in smooth]
-    gradients = torch.autograd.grad(smooth, list(inputs.values()), weights, allow_unused=True, materialize_grads=True)
+    # What a state holds may be constant: of an open chunk nothing is left where one has just ended.
+    read = [pair for pair in zip(smooth, weights, strict=True) if pair[0].requires_grad]
+    outputs, weights = zip(*read, strict=True)
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), weights, allow_unused=True, materialize_grads=True)
     names = [*results, *(f"gradient of {name}" for name in inputs)]
     return dict(zip(names, [*(z.detach() for z in results.values()), *gradients], strict=True))
 
