@@ -324,7 +324,9 @@ def run_operator(job: Job) -> None:
     elif job.mode == "packed":
         starts = torch.rand(1, TIMES[job.mode]) < 0.01
     if job.mode != "decode":
-        inputs = tree_map_only(torch.Tensor, lambda x: x.requires_grad_(x.is_floating_point()), inputs)
+        inputs = tree_map_only(
+            torch.Tensor, lambda x: x.requires_grad_(x.is_floating_point() or x.is_complex()), inputs
+        )
     operator = getattr(importlib.import_module(f"seqzoo.kernels.{job.operator}"), job.operator)
     if job.operator in OPERATORS:
         inputs["starts"] = starts

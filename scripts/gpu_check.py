@@ -60,7 +60,9 @@ def to(inputs: Any, device: str, dtype: torch.dtype | None = None) -> Any:
 
 def differentiate(run: Callable[..., Any], inputs: dict[str, Any], starts: Tensor | None) -> dict[str, Tensor]:
     """Outputs, last state and gradients, by name, when all outputs are weighted at random."""
-    inputs = tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), inputs)
+    inputs = tree_map_only(
+        torch.Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point() or x.is_complex()), inputs
+    )
     outputs = tree_leaves(run(**inputs) if starts is None else run(**inputs, starts=starts))
     learned = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
     random = torch.Generator().manual_seed(1)
