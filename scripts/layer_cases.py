@@ -14,7 +14,7 @@ import layer_peers
 import operator_peers
 import torch
 from layer_peers import WIDTH
-from operator_cases import GLA, RETNET, SMALL, Case, draw
+from operator_cases import FOX, GLA, RETNET, SMALL, Case, draw
 from timing import forward, forward_and_backward
 from torch import Tensor, nn
 
@@ -70,10 +70,16 @@ def _bare_dplr(heads: int, size: int) -> Bare:
 CASES = (
     LayerCase("Attention", {"num_heads": 12}, (layer_peers.transformers_llama,)),
     LayerCase(
-        "Attention", {"num_heads": 12, "window": 512}, (layer_peers.transformers_mistral,), variant="window of 512"
+        "Attention",
+        {"num_heads": 12, "window": 512},
+        (layer_peers.transformers_mistral, layer_peers.local_attention),
+        targets=(2.5, 4),
+        variant="window of 512",
     ),
     LayerCase("DifferentialAttention", {"num_heads": 6}),
-    LayerCase("ForgettingAttention", {"num_heads": 12}),
+    LayerCase(
+        "ForgettingAttention", {"num_heads": 12}, (Bare(operator_peers.fla_forgetting_attention, "attention", FOX),)
+    ),
     LayerCase("LandmarkAttention", {"num_heads": 12}),
     LayerCase("LatentAttention", {"num_heads": 12}),
     LayerCase("LRU", {}),
@@ -119,11 +125,16 @@ CASES = (
     LayerCase("KimiDeltaAttention", {"num_heads": 6}, (layer_peers.transformers_kimi_linear,)),
     LayerCase("RWKV7", {}, (_bare_dplr(12, 64),), targets=(8, 8)),
     LayerCase("SLSTM", {"num_heads": 4}, (layer_peers.xlstm_slstm,)),
-    LayerCase("NeuralMemory", {"num_heads": 12}),
+    LayerCase("NeuralMemory", {"num_heads": 12, "chunk": 64}, (layer_peers.titans_pytorch_memory,), targets=(1.6, 3)),
     LayerCase("TitansMAC", {"num_heads": 12}),
     LayerCase("TitansMAG", {"num_heads": 12}),
     LayerCase("TitansMAL", {"num_heads": 12}),
-    LayerCase("TTTLinear", {"num_heads": 12}),
+    LayerCase(
+        "TTTLinear",
+        {"num_heads": 12},
+        (Bare(operator_peers.fla_ttt_linear, "fast_weights", {"heads": 12, "key": 64, "value": 64}),),
+        targets=(3, 5),
+    ),
     LayerCase("TTTMLP", {"num_heads": 12}),
     LayerCase("Hyena", {"max_length": AS_LONG}),
     LayerCase("LongConv", {"max_length": AS_LONG}),

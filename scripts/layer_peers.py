@@ -7,7 +7,8 @@ Falcon-Mamba of Mamba, Qwen3.5 of Qwen3-Next), its xLSTM, which calls the packag
 GPU: of those the naive operator alone stands in, without any of the layer around it.
 
 torchmamba asks for a newer PyTorch and Python than the constraints have, so that the extra `peers` leaves it out; it
-runs all the same: `pip install --no-deps --ignore-requires-python torchmamba`.
+runs all the same: `pip install --no-deps --ignore-requires-python torchmamba`. titans-pytorch brings a dozen packages
+of its own, and is left out too: `pip install titans-pytorch`.
 """
 
 from __future__ import annotations
@@ -91,6 +92,21 @@ def transformers_llama() -> nn.Module:
 
 def transformers_mistral() -> nn.Module:
     return _attention("mistral", "Mistral", sliding_window=512)
+
+
+def local_attention() -> nn.Module:
+    from local_attention.transformer import LocalMHA
+
+    return LocalMHA(
+        dim=WIDTH, window_size=512, dim_head=WIDTH // HEADS, heads=HEADS, causal=True, exact_windowsize=True
+    )
+
+
+def titans_pytorch_memory() -> nn.Module:
+    """Gradients at the weights from before 64 tokens, whose momentum and forgetting are one number."""
+    from titans_pytorch import NeuralMemory
+
+    return Called(NeuralMemory(WIDTH, chunk_size=64, batch_size=64, dim_head=WIDTH // HEADS, heads=HEADS))
 
 
 def transformers_mamba() -> nn.Module:

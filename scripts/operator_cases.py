@@ -27,6 +27,7 @@ DELTA = {"groups": 12, "heads": 12, "key": 128, "value": 128}
 SMALL = {"groups": 12, "heads": 12, "key": 64, "value": 64}
 GLA = {"groups": 4, "heads": 4, "key": 96, "value": 192}
 RETNET = {"groups": 8, "heads": 8, "key": 96, "value": 192}
+FOX = SMALL | {"forgets": True}
 MAMBA2 = {"groups": 1, "heads": 24, "key": 128, "value": 64}
 
 CASES = (
@@ -56,6 +57,7 @@ CASES = (
         (peers.transformers_gated_delta_rule, peers.fla_gated_delta_rule),
     ),
     Case("KDA", "gated_delta_rule", DELTA | {"decay": "channel"}, (peers.fla_kda,)),
+    Case("FoX", "attention", FOX, (peers.fla_forgetting_attention,)),
     Case("RWKV-7", "dplr_delta_rule", {"heads": 12, "key": 64, "value": 64}, (peers.fla_dplr,)),
 )
 
@@ -78,8 +80,8 @@ def operator_of(case: Case, backend: str = "auto") -> Callable[..., Any]:
 def work(case: Case, inputs: Mapping[str, Any]) -> tuple[float, float]:
     """Floating-point operations and bytes of forward and backward: what binds an operator however it is written.
 
-    A matrix-state operator is counted in chunks of 64, the backward as twice the forward; each input, output and
-    gradient passes through memory once.
+    A matrix-state operator is counted in chunks of 64, attention by the pairs that see each other, the backward as
+    twice the forward; each input, output and gradient passes through memory once.
     """
     batch, length = next(x.shape[:2] for x in inputs.values() if isinstance(x, Tensor))
     moved = 2 * sum(x.nbytes for x in inputs.values() if isinstance(x, Tensor))
@@ -89,6 +91,7 @@ def work(case: Case, inputs: Mapping[str, Any]) -> tuple[float, float]:
         within, across = {
             "gated_delta_rule": (3 * key + 2 * value, 6 * key * value),
             "dplr_delta_rule": (6 * key + 4 * value, 8 * key * value),
+            "attention": (length / CHUNK * (key + value), 0),
         }.get(case.operator, (key + value, 4 * key * value))
         operations = heads * (CHUNK * within + across)
         out = inputs["v"].nbytes

@@ -91,6 +91,23 @@ def fla_dplr(q, k, v, a, b, log_decay):
     return dplr_chunkwise(*inputs)[0].transpose(1, 2)
 
 
+def fla_forgetting_attention(q, k, v, log_forget, **settings):
+    from fla.ops.forgetting_attn.naive import naive_forgetting_attn
+
+    return naive_forgetting_attn(q, k, v, log_forget)
+
+
+def fla_ttt_linear(q, k, v, rate, weights, norm_weight, norm_bias, reach, chunk, **settings):
+    """The whole of its head, but with the read itself where TTT adds the query: the same work, not the same answer."""
+    from fla.ops.ttt.naive import chunk_ttt_linear_ref
+
+    (weight,) = weights
+    start, bias = weight[None, :, :-1], weight[None, :, -1:]
+    # It scales the queries in place.
+    inputs = q.clone(), k, v, norm_weight, norm_bias, rate[..., None] * reach[-1]
+    return chunk_ttt_linear_ref(*inputs, mini_batch_size=chunk, initial_state=start, initial_state_bias=bias)[0]
+
+
 def transformers_mamba2(q, k, v, log_decay):
     """With A = -1 and dt = -log_decay; x is v / dt, since dt x is what it writes."""
     run = _plain(transformers_file("mamba2").mamba2_chunk_scan)

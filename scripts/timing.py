@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -46,8 +47,8 @@ def forward(run: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[[], 
 
 
 def forward_and_backward(run: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[[], object]:
-    inputs = {name: x.detach().requires_grad_() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    learned = [x for x in inputs.values() if isinstance(x, Tensor)]
+    inputs = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), dict(inputs))
+    learned = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
 
     def once() -> object:
         y = run(**inputs)
