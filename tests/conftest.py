@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.util
 import inspect
@@ -21,14 +22,19 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
 torch.set_num_threads(1)  # Tests are tiny: more threads only get in the way of parallel workers.
 
+# Calls of each function that a test checks: the hundredth token is like those before it, and costs less than a check.
+CALLS_CHECKED = 6
+
 _jaxtyped = jaxtyping.jaxtyped
 _checked = {}
+_calls = collections.Counter()
 
 
 def _jaxtyped_unless_compiling(fn=None, *, typechecker):
     """``jaxtyping.jaxtyped`` for functions of tensors that stands aside where ``torch.compile`` traces.
 
-    Functions of anything else refuse bad settings by themselves, with a message that the checks must not pre-empt.
+    In each test it checks a function's first calls. Functions of anything else refuse bad settings by themselves, with
+    a message that the checks must not pre-empt.
     """
     if fn is None:
         return functools.partial(_jaxtyped_unless_compiling, typechecker=typechecker)
@@ -44,6 +50,9 @@ def _jaxtyped_unless_compiling(fn=None, *, typechecker):
     def call(*args, **kwargs):
         if torch.compiler.is_compiling():
             return fn(*args, **kwargs)
+        _calls[place] += 1
+        if _calls[place] > CALLS_CHECKED:
+            return fn(*args, **kwargs)
         return _checked[place](*args, **kwargs)
 
     return call
@@ -55,9 +64,10 @@ jaxtyping.install_import_hook("seqzoo", "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    """The same random numbers in every test, whatever ran before."""
+def alike():
+    """The same random numbers and the same checks in every test, whatever ran before."""
     torch.manual_seed(0)
+    _calls.clear()
 
 
 @pytest.fixture
