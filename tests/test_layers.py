@@ -704,6 +704,13 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: Attention(32, soft_cap=-1.0), ["soft_cap=-1.0", "above 0"]),
         (lambda: Attention(32, temperature=-1.0), ["temperature=-1.0", "0 or more"]),
         (lambda: Attention(32, rope_base=1.0), ["rope_base=1.0", "above 1"]),
+        (lambda: Attention(32, positions="none", rope_base=500.0), ["rope_base=500.0", "positions='none'", "10000.0"]),
+        (lambda: Attention(32, positions="none", rope_original_length=8), ["rope_original_length=8", "None"]),
+        (lambda: LandmarkAttention(32, positions="none", rope_base=500.0), ["rope_base=500.0", "10000.0"]),
+        (
+            lambda: DifferentialAttention(32, rope_base=None, rope_layout="neighbours"),
+            ["rope_layout='neighbours'", "rope_base=None", "'halves'"],
+        ),
         (lambda: Attention(32, rope_layout="pairs"), ["rope_layout='pairs'", "'halves'", "'neighbours'"]),
         (lambda: Attention(32, rope_scaling="long"), ["rope_scaling='long'", "'yarn'"]),
         (lambda: Attention(32, rope_factor=2.0), ["rope_factor=2.0", "rope_scaling='none'"]),

@@ -109,7 +109,7 @@ class Attention(Mixer):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim or dim // num_heads
         self.window, self.sinks, self.constant_state = window, sinks, window is not None
         rotary = Rotary(self.head_dim, rope_base, rope_layout, rope_scaling, rope_factor, rope_original_length)
-        self.rotary = rotary.check() if positions == "rope" else None
+        self.rotary = rotary.check() if positions == "rope" else rotary.unused("positions='none'")
         self.soft_cap, self.max_length, self.backend = soft_cap, max_length, backend
         self.temperature, self.temperature_step = temperature, temperature_step
         self.query = nn.Linear(dim, num_heads * self.head_dim, bias=False)

@@ -68,7 +68,11 @@ class DifferentialAttention(Mixer):
         if layer_index < 0:
             raise ValueError(f"layer_index={layer_index}: expected 0 or more")
         key = dim // (2 * num_heads)
-        self.rotary = None if rope_base is None else Rotary(key, rope_base, rope_layout).check()
+        self.rotary = (
+            Rotary(key, layout=rope_layout).unused("rope_base=None")
+            if rope_base is None
+            else Rotary(key, rope_base, rope_layout).check()
+        )
         self.num_kv_heads, self.key_dim, self.backend = kv_heads, key, backend
         self.start = 0.8 - 0.6 * math.exp(-0.3 * layer_index)
         self.query = nn.Linear(dim, dim, bias=False)
