@@ -181,6 +181,27 @@ def test_any_number_of_threads(threads):
 
 @interpreted_by_default()
 @others
+def test_reads_slices_of_larger_tensors(backend):
+    """A buffer with room for more slots, a projection's output, one query for all tokens."""
+    inputs = example((40, 50, 4, 2), ("log_forget",))
+    truth = differentiate(inputs, {}, "reference")
+
+    def roomy(x):
+        buffer = torch.full((2, 90, 3, x.shape[3] + 1), torch.nan, dtype=x.dtype)[:, 20:70, :2, : x.shape[3]]
+        return buffer.copy_(x)
+
+    both = torch.cat([inputs["k"].flatten(2), inputs["v"].flatten(2)], 2)
+    of_projection = (z.unflatten(2, (2, -1)) for z in both.split([20, 14], 2))
+    for k, v in ([roomy(inputs[name]) for name in "kv"], of_projection):
+        assert not k.is_contiguous() and not v.is_contiguous()
+        assert_same(differentiate(inputs | {"k": k, "v": v}, {}, backend), truth)
+    one = {"q": inputs["q"][:, :1].expand(-1, 40, -1, -1)}
+    truth = differentiate(inputs | {"q": one["q"].contiguous()}, {}, "reference")
+    assert_same(differentiate(inputs | one, {}, backend), truth)
+
+
+@interpreted_by_default()
+@others
 def test_goes_on_as_if_all_came_at_once(backend):
     inputs = example((150, 150, 4, 2), EXTRAS["everything"])
     whole = attention(**inputs, window=40, sinks=2, backend=backend)
