@@ -59,12 +59,17 @@ def first_slots(positions: Int[Tensor, "batch time"], slots: int) -> Int[Tensor,
 class KeyValueRing(NamedTuple):
     """The first ``sinks`` keys of the open document and its last ``window`` ones.
 
-    Position p stands in slot p if it is a sink, else in slot ``sinks + (p - sinks) mod window``; all else is zero.
+    Slots fill from the last one on. Counted from there, position p stands in slot p if it is a sink, else in slot
+    ``sinks + (p - sinks) mod window``; what is still empty comes first, and is zero.
     """
 
     keys: Float[Tensor, "batch slot head key"]
     values: Float[Tensor, "batch slot head value"]
     position: Int[Tensor, " batch"]
+
+    def empty(self) -> Int[Tensor, " batch"]:
+        """How many slots in front hold nothing yet."""
+        return (self.keys.shape[1] - self.position).clamp(min=0)
 
     def before(
         self, keys: Tensor, values: Tensor, positions: Int[Tensor, "batch time"], window: int, sinks: int
@@ -82,8 +87,8 @@ class KeyValueRing(NamedTuple):
             for old, new in ((self.keys, keys), (self.values, values))
         )
         goes_on = positions == self.position[:, None] + torch.arange(positions.shape[1], device=held.device)
-        empty = (held < 0).sum(-1, keepdim=True)
-        return keys, values, torch.where(goes_on, empty, first_slots(positions, keys.shape[1]))
+        first = torch.where(goes_on, self.empty()[:, None], first_slots(positions, keys.shape[1]))
+        return keys, values, first
 
     @classmethod
     def after(
@@ -107,7 +112,7 @@ class KeyValueRing(NamedTuple):
     def step(self, key: Tensor, value: Tensor, position: Tensor, window: int, sinks: int) -> KeyValueRing:
         """``after`` for one token ``[batch 1 head key]``; in place when autograd is off."""
         last = position - 1
-        slot = torch.where(last < sinks, last, sinks + (last - sinks) % window)
+        slot = sinks + window - 1 - torch.where(last < sinks, last, sinks + (last - sinks) % window)
         rows = torch.arange(len(slot), device=slot.device)
         write = torch.index_put if torch.is_grad_enabled() else torch.Tensor.index_put_
         keys = write(self.keys, (rows, slot), key[:, 0].to(self.keys.dtype))
@@ -117,7 +122,7 @@ class KeyValueRing(NamedTuple):
 
 def held_positions(position: Int[Tensor, " batch"], window: int, sinks: int) -> Int[Tensor, "batch slot"]:
     """The position that each slot of a ring holds once ``position`` tokens of the document are read; -1 for none."""
-    slot = torch.arange(sinks + window, device=position.device)
+    slot = torch.arange(sinks + window, device=position.device).flip(0)
     last = position[:, None] - 1
     recent = last - (last - slot) % window
     return torch.where(slot < sinks, torch.where(slot <= last, slot, -1), torch.where(recent >= sinks, recent, -1))
