@@ -98,7 +98,7 @@ class DifferentialAttention(Mixer):
     ) -> tuple[Float[Tensor, "batch time dim"], KeyValueBuffer]:
         batch, time, _ = x.shape
         positions = positions_from_starts(starts, state and state.position, time, x.device).expand(batch, -1)
-        # All first softmaxes come before all second ones, as heads of one call.
+        # All first softmaxes come before all second ones: two calls, for one would need all values twice.
         q, k = (
             rearrange(z, "b t (h two d) -> b t (two h) d", two=2, d=self.key_dim) for z in (self.query(x), self.key(x))
         )
@@ -108,9 +108,11 @@ class DifferentialAttention(Mixer):
         memory = KeyValueBuffer.after(state, k, v, positions[:, -1] + 1)
         k, v, _ = memory.used(q.dtype)
         first = None if state is None and starts is None else first_slots(positions, k.shape[1])
-        y = attention(q, k, torch.cat([v, v], 2), first=first, backend=self.backend)
-        kept, cancelled = y.chunk(2, 2)
-        y = kept - self._share().to(y.dtype) * cancelled
+        kept, cancelled = (
+            attention(*both, v, first=first, backend=self.backend)
+            for both in zip(q.chunk(2, 2), k.chunk(2, 2), strict=True)
+        )
+        y = kept - self._share().to(kept.dtype) * cancelled
         return self.out((1 - self.start) * self.norm(y.flatten(2))), memory
 
     def _share(self) -> Tensor:
