@@ -39,7 +39,10 @@ class KeyValueBuffer(NamedTuple):
             log_forget = keys.new_empty(*keys.shape[:2], 0)
         used = 0 if past is None else past.filled.shape[1]
         filled = keys.new_empty(len(keys), used + keys.shape[1], 0)
-        if past is not None:
+        if past is None:
+            # As views of a projection's output they would keep all of it in memory.
+            keys, values = keys.clone(), values.clone()
+        else:
             keys, values = _extended(past.keys, used, keys), _extended(past.values, used, values)
             log_forget = _extended(past.log_forget, used, log_forget)
         return cls(keys, values, log_forget, position, filled)
