@@ -223,6 +223,19 @@ def test_pruning_takes_no_more_weight_than_it_may(backend, prune):
         assert difference > 0
 
 
+@interpreted_by_default(dtype=(torch.float32,))
+@others
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nothing_is_left_of_what_is_forgotten_and_all_digits_of_what_is_not(backend, dtype):
+    inputs = example((50, 50, 4, 2), ("log_forget",), dtype)
+    inputs["log_forget"][:, 20] = -1e4
+    later = attention(**{name: x[:, 20:].double() for name, x in inputs.items()})
+    found = differentiate(inputs, {}, backend)
+    torch.testing.assert_close(found["o"][:, 20:].double(), later, rtol=1e-5, atol=1e-5)
+    truth = differentiate({name: x.double() for name, x in inputs.items()}, {}, "reference")
+    assert_same({name: x.double() for name, x in found.items()}, truth, rtol=1e-5, atol=1e-5)
+
+
 @interpreted_by_default(scale=(1e4,))
 @others
 @pytest.mark.parametrize("scale", [0.0, 1e4])
@@ -292,6 +305,7 @@ def test_refuses_what_does_not_fit(inputs, settings, message, unchecked):
         attention(**inputs, **settings)
 
 
-def test_refuses_growth_when_ranges_are_checked():
-    with checked_ranges(), pytest.raises(ValueError, match=r"log_forget reaches 0\.5"):
-        attention(**bad(log_forget=lambda x: x * 0 + 0.5))
+@pytest.mark.parametrize(("value", "message"), [(0.5, "at most 0"), (-math.inf, "finite numbers")])
+def test_refuses_growth_and_infinities_when_ranges_are_checked(value, message):
+    with checked_ranges(), pytest.raises(ValueError, match=rf"log_forget reaches {value}; expected {message}"):
+        attention(**bad(log_forget=lambda x: torch.full_like(x, value)))

@@ -178,10 +178,14 @@ def checked_ranges() -> Iterator[None]:
         _checks_ranges = before
 
 
-def check_log_decay(operator: str, log_decay: Tensor | None, name: str = "log_decay") -> None:
-    """Under ``checked_ranges``, raise ValueError unless ``log_decay``, called ``name``, is at most 0 everywhere."""
-    if _checks_ranges and log_decay is not None and not (log_decay <= 0).all():
+def check_log_decay(operator: str, log_decay: Tensor | None, name: str = "log_decay", *, finite: bool = False) -> None:
+    """Under ``checked_ranges``, raise ValueError unless ``log_decay`` is at most 0 everywhere, and ``finite`` if so."""
+    if not _checks_ranges or log_decay is None:
+        return
+    if not (log_decay <= 0).all():
         raise ValueError(f"{operator}: {name} reaches {log_decay.max().item():g}; expected at most 0 everywhere")
+    if finite and log_decay.isinf().any():
+        raise ValueError(f"{operator}: {name} reaches -inf; expected finite numbers, of which -1e4 forgets all as well")
 
 
 def check_heads(

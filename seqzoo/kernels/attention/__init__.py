@@ -54,7 +54,7 @@ def attention(
         q: queries of the last ``time`` slots.
         k: keys, each shared by ``head / group`` consecutive query heads; ``slot >= time``.
         v: values, of the dtype of ``q`` and ``k``.
-        log_forget: logarithm of what each slot leaves of all before it, at most 0, float32 or better.
+        log_forget: logarithm of what each slot leaves of all before it, at most 0 and finite, float32 or better.
         sink: logit of an empty value that every query sees.
         first: the slot where each token's document begins, which never falls from token to token; None for 0.
         window: slots that are visible, the own one included; None for all.
@@ -158,4 +158,4 @@ def _check(q, k, v, log_forget, sink, first) -> None:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; expected one dtype")
     if first is not None and (first.dtype != torch.int64 or first.device != q.device):
         raise ValueError(f"attention: first is {first.dtype} on {first.device}; expected torch.int64 on {q.device}")
-    check_log_decay("attention", log_forget, "log_forget")
+    check_log_decay("attention", log_forget, "log_forget", finite=True)

@@ -16,6 +16,8 @@ namespace {
 
 // Slots of a tile, and about as many rows of queries.
 constexpr int64_t SLOTS = 128, ROWS = 128;
+// What may be forgotten within a tile before sums of two floats have lost digits of small differences.
+constexpr double FAR = -64;
 
 template <class T>
 constexpr Precision PRECISION = std::is_same_v<T, bfloat16> ? Precision::bf16 : Precision::full;
@@ -123,7 +125,7 @@ void finish_logits(const Group<T>& group, int64_t t0, int64_t t1, int64_t j0, in
     const int64_t shared = p.shared(), count = j1 - j0;
     const W nothing = -std::numeric_limits<W>::infinity();
     W* forgotten = p.decay ? workspace<10, W>(shared * SLOTS) : nullptr;
-    // Differences to the tile's first token are small where weights are not.
+    // Differences to the tile's first token, from which those to others follow as long as it is near.
     for (int64_t r = 0; forgotten && r < shared; r++) {
         const double* c = group.decay(r);
         for (int64_t j = 0; j < count; j++) forgotten[r * SLOTS + j] = W(c[p.own(t0)] - c[j0 + j]);
@@ -142,10 +144,15 @@ void finish_logits(const Group<T>& group, int64_t t0, int64_t t1, int64_t j0, in
             }
             if (forgotten) {
                 const double* c = group.decay(r);
-                V mine = broadcast<V>(W(c[p.own(t)] - c[p.own(t0)]));
-                for_each_vector<W>(count, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-                    store(row + i, load(row + i) + (load(forgotten + r * SLOTS + i) + mine));
-                });
+                const double own = c[p.own(t)], since = own - c[p.own(t0)];
+                if (since < FAR) {
+                    for (int64_t i = 0; i < count; i++) row[i] += W(own - c[j0 + i]);
+                } else {
+                    V mine = broadcast<V>(W(since));
+                    for_each_vector<W>(count, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+                        store(row + i, load(row + i) + (load(forgotten + r * SLOTS + i) + mine));
+                    });
+                }
             }
             if (s.sinks_begin < s.sinks_end) {
                 std::fill(row, row + s.sinks_begin, nothing);
