@@ -281,12 +281,9 @@ def bad(**changes):
         (bad(log_forget=lambda x: x[:, 1:]), {}, r"log_forget has shape \(2, 4, 4\); expected \(2, 5, 4\)"),
         (bad(sink=lambda x: x[1:]), {}, r"sink has shape \(3,\); expected \(4,\)"),
         (bad(first=lambda x: x.int()), {}, "first is torch.int32 on cpu; expected torch.int64"),
-        (
-            bad(q=lambda x: x.double()),
-            {},
-            "q is torch.float64, k torch.float32 and v torch.float32; expected one dtype",
-        ),
-        (bad(v=lambda x: x.long()), {}, "v is torch.int64 on cpu; expected floats on cpu"),
+        (bad(q=lambda x: x.double()), {}, "k is torch.float32 on cpu; expected what q is, torch.float64 on cpu"),
+        (bad(v=lambda x: x.long()), {}, "v is torch.int64 on cpu; expected one of float32, bfloat16, float16, float64"),
+        (bad(sink=lambda x: x.long()), {}, "sink is torch.int64 on cpu; expected one of float32, "),
         (bad(), {"window": 0}, "window=0; a token sees at least itself"),
         (bad(), {"sinks": 2}, "sinks=2 with window=None"),
         (bad(), {"soft_cap": 0.0}, "soft_cap=0.0; expected a number above 0"),
@@ -303,6 +300,21 @@ def bad(**changes):
 def test_refuses_what_does_not_fit(inputs, settings, message, unchecked):
     with pytest.raises(ValueError, match=message):
         attention(**inputs, **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * 0 + 4, "up to 2 slots after a token's own"),  # its slots are 2, 3 and 4
+        (lambda x: x - 9, "below 0 or falls"),
+        (lambda x: torch.tensor([[1, 2, 1]] * 2), "below 0 or falls"),
+    ],
+)
+def test_refuses_documents_that_hide_a_token_when_ranges_are_checked(change, message):
+    with checked_ranges():
+        attention(**bad())
+        with pytest.raises(ValueError, match=f"first is {message}"):
+            attention(**bad(first=change))
 
 
 @pytest.mark.parametrize(("value", "message"), [(0.5, "at most 0"), (-math.inf, "finite numbers")])

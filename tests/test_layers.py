@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from seqzoo import Mixer, clone_state, detach_state, layers, measure_state, starts_from_cu_seqlens
-from seqzoo.kernels import EVERY_OPERATOR
+from seqzoo.kernels import EVERY_OPERATOR, checked_ranges
 from seqzoo.layers import (
     FAMILIES,
     HGRN2,
@@ -890,6 +890,14 @@ def test_other_lengths_do_not_compile_attention_anew(build):
     for time in range(10, 22):  # more than torch._dynamo.config.recompile_limit
         x = draw(1, time, dtype=torch.float32)
         torch.testing.assert_close(compiled(x)[0], mixer(x)[0])
+
+
+@pytest.mark.parametrize("build", ATTENTIONS)
+def test_attention_is_given_what_it_may_be(build):
+    mixer, x, starts = build(DIM).double(), draw(BATCH, TIME), draw_starts(BATCH, TIME)
+    with checked_ranges():
+        run(mixer, x, [20, 1, 1, 48], starts)
+        run(mixer, x, [20, 1, 1, 48])
 
 
 def test_max_length_counts_the_tokens_of_a_document_over_all_calls():
