@@ -247,19 +247,39 @@ def test_finite_at_hostile_inputs(backend, scale):
         assert tensor.isfinite().all(), name
 
 
-@pytest.mark.parametrize("backend", ["native", "sdpa", "triton"])
-def test_is_an_operator_of_torch(backend):
-    inputs = example((20, 20, 4, 2), () if backend == "sdpa" else EXTRAS["everything"], torch.float32)
-    settings = {} if backend == "sdpa" else {"window": 6, "sinks": 1, "soft_cap": 2.0}
-    settings["backend"] = backend
+# Tokens and slots of calls that compile to one graph.
+LENGTHS = [((20, 20), (33, 33)), ((1, 20), (1, 33)), ((8, 33), (20, 41))]
+
+
+@pytest.mark.parametrize(
+    ("backend", "lengths"),
+    [("sdpa", x) for x in LENGTHS[:2]] + [(backend, x) for backend in ("native", "triton") for x in LENGTHS],
+    ids=str,
+)
+def test_one_graph_serves_other_lengths(backend, lengths):
+    extras, settings = EXTRAS["everything"], {"window": 6, "sinks": 1, "soft_cap": 2.0}
+    if backend == "sdpa":
+        extras, settings = (), {}
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for time, slots in lengths:
+            inputs = example((time, slots, 4, 2), extras, torch.float32)
+            inputs = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+            ours, truth = (f(**inputs, **settings, backend=backend) for f in (compiled, attention))
+            torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("sizes", [(20, 20, 4, 2), (1, 33, 6, 2), (7, 12, 2, 2)], ids=str)
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_is_an_operator_of_torch(backend, sizes):
+    inputs = example(sizes, EXTRAS["everything"], torch.float32)
     inputs = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs, **settings), attention(**inputs, **settings))
-    if backend != "sdpa":
-        decay = torch.randn(2, 4, 20, dtype=torch.float64).requires_grad_()
-        given = [inputs["q"], inputs["k"], inputs["v"], decay, inputs["sink"], inputs["first"], None]
-        operator = getattr(torch.ops.seqzoo, f"attention_{backend}").default
-        torch.library.opcheck(operator, (*given, 6, 1, 2.0, 0.3))
+    decay = torch.randn(2, sizes[2], sizes[1], dtype=torch.float64).requires_grad_()
+    given = [inputs["q"], inputs["k"], inputs["v"], decay, inputs["sink"], inputs["first"], None]
+    operator = getattr(torch.ops.seqzoo, f"attention_{backend}").default
+    torch.library.opcheck(operator, (*given, 6, 1, 2.0, 0.3))
+    torch.library.opcheck(operator, (*given[:3], None, None, None, None, 0, 0, 0.0, 0.3))
 
 
 def test_explains_what_auto_runs():
