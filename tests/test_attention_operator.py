@@ -181,6 +181,27 @@ def test_any_number_of_threads(threads):
 
 @interpreted_by_default()
 @others
+def test_reads_slices_of_larger_tensors(backend):
+    """A buffer with room for more slots, a projection's output, one query for all tokens."""
+    inputs = example((40, 50, 4, 2), ("log_forget",))
+    truth = differentiate(inputs, {}, "reference")
+
+    def roomy(x):
+        buffer = torch.full((2, 90, 3, x.shape[3] + 1), torch.nan, dtype=x.dtype)[:, 20:70, :2, : x.shape[3]]
+        return buffer.copy_(x)
+
+    both = torch.cat([inputs["k"].flatten(2), inputs["v"].flatten(2)], 2)
+    of_projection = (z.unflatten(2, (2, -1)) for z in both.split([20, 14], 2))
+    for k, v in ([roomy(inputs[name]) for name in "kv"], of_projection):
+        assert not k.is_contiguous() and not v.is_contiguous()
+        assert_same(differentiate(inputs | {"k": k, "v": v}, {}, backend), truth)
+    one = {"q": inputs["q"][:, :1].expand(-1, 40, -1, -1)}
+    truth = differentiate(inputs | {"q": one["q"].contiguous()}, {}, "reference")
+    assert_same(differentiate(inputs | one, {}, backend), truth)
+
+
+@interpreted_by_default()
+@others
 def test_goes_on_as_if_all_came_at_once(backend):
     inputs = example((150, 150, 4, 2), EXTRAS["everything"])
     whole = attention(**inputs, window=40, sinks=2, backend=backend)
@@ -202,6 +223,19 @@ def test_pruning_takes_no_more_weight_than_it_may(backend, prune):
         assert difference > 0
 
 
+@interpreted_by_default(dtype=(torch.float32,))
+@others
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nothing_is_left_of_what_is_forgotten_and_all_digits_of_what_is_not(backend, dtype):
+    inputs = example((50, 50, 4, 2), ("log_forget",), dtype)
+    inputs["log_forget"][:, 20] = -1e4
+    later = attention(**{name: x[:, 20:].double() for name, x in inputs.items()})
+    found = differentiate(inputs, {}, backend)
+    torch.testing.assert_close(found["o"][:, 20:].double(), later, rtol=1e-5, atol=1e-5)
+    truth = differentiate({name: x.double() for name, x in inputs.items()}, {}, "reference")
+    assert_same({name: x.double() for name, x in found.items()}, truth, rtol=1e-5, atol=1e-5)
+
+
 @interpreted_by_default(scale=(1e4,))
 @others
 @pytest.mark.parametrize("scale", [0.0, 1e4])
@@ -213,19 +247,39 @@ def test_finite_at_hostile_inputs(backend, scale):
         assert tensor.isfinite().all(), name
 
 
-@pytest.mark.parametrize("backend", ["native", "sdpa", "triton"])
-def test_is_an_operator_of_torch(backend):
-    inputs = example((20, 20, 4, 2), () if backend == "sdpa" else EXTRAS["everything"], torch.float32)
-    settings = {} if backend == "sdpa" else {"window": 6, "sinks": 1, "soft_cap": 2.0}
-    settings["backend"] = backend
+# Tokens and slots of calls that compile to one graph.
+LENGTHS = [((20, 20), (33, 33)), ((1, 20), (1, 33)), ((8, 33), (20, 41))]
+
+
+@pytest.mark.parametrize(
+    ("backend", "lengths"),
+    [("sdpa", x) for x in LENGTHS[:2]] + [(backend, x) for backend in ("native", "triton") for x in LENGTHS],
+    ids=str,
+)
+def test_one_graph_serves_other_lengths(backend, lengths):
+    extras, settings = EXTRAS["everything"], {"window": 6, "sinks": 1, "soft_cap": 2.0}
+    if backend == "sdpa":
+        extras, settings = (), {}
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for time, slots in lengths:
+            inputs = example((time, slots, 4, 2), extras, torch.float32)
+            inputs = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+            ours, truth = (f(**inputs, **settings, backend=backend) for f in (compiled, attention))
+            torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("sizes", [(20, 20, 4, 2), (1, 33, 6, 2), (7, 12, 2, 2)], ids=str)
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_is_an_operator_of_torch(backend, sizes):
+    inputs = example(sizes, EXTRAS["everything"], torch.float32)
     inputs = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs, **settings), attention(**inputs, **settings))
-    if backend != "sdpa":
-        decay = torch.randn(2, 4, 20, dtype=torch.float64).requires_grad_()
-        given = [inputs["q"], inputs["k"], inputs["v"], decay, inputs["sink"], inputs["first"], None]
-        operator = getattr(torch.ops.seqzoo, f"attention_{backend}").default
-        torch.library.opcheck(operator, (*given, 6, 1, 2.0, 0.3))
+    decay = torch.randn(2, sizes[2], sizes[1], dtype=torch.float64).requires_grad_()
+    given = [inputs["q"], inputs["k"], inputs["v"], decay, inputs["sink"], inputs["first"], None]
+    operator = getattr(torch.ops.seqzoo, f"attention_{backend}").default
+    torch.library.opcheck(operator, (*given, 6, 1, 2.0, 0.3))
+    torch.library.opcheck(operator, (*given[:3], None, None, None, None, 0, 0, 0.0, 0.3))
 
 
 def test_explains_what_auto_runs():
@@ -247,12 +301,9 @@ def bad(**changes):
         (bad(log_forget=lambda x: x[:, 1:]), {}, r"log_forget has shape \(2, 4, 4\); expected \(2, 5, 4\)"),
         (bad(sink=lambda x: x[1:]), {}, r"sink has shape \(3,\); expected \(4,\)"),
         (bad(first=lambda x: x.int()), {}, "first is torch.int32 on cpu; expected torch.int64"),
-        (
-            bad(q=lambda x: x.double()),
-            {},
-            "q is torch.float64, k torch.float32 and v torch.float32; expected one dtype",
-        ),
-        (bad(v=lambda x: x.long()), {}, "v is torch.int64 on cpu; expected floats on cpu"),
+        (bad(q=lambda x: x.double()), {}, "k is torch.float32 on cpu; expected what q is, torch.float64 on cpu"),
+        (bad(v=lambda x: x.long()), {}, "v is torch.int64 on cpu; expected one of float32, bfloat16, float16, float64"),
+        (bad(sink=lambda x: x.long()), {}, "sink is torch.int64 on cpu; expected one of float32, "),
         (bad(), {"window": 0}, "window=0; a token sees at least itself"),
         (bad(), {"sinks": 2}, "sinks=2 with window=None"),
         (bad(), {"soft_cap": 0.0}, "soft_cap=0.0; expected a number above 0"),
@@ -271,6 +322,22 @@ def test_refuses_what_does_not_fit(inputs, settings, message, unchecked):
         attention(**inputs, **settings)
 
 
-def test_refuses_growth_when_ranges_are_checked():
-    with checked_ranges(), pytest.raises(ValueError, match=r"log_forget reaches 0\.5"):
-        attention(**bad(log_forget=lambda x: x * 0 + 0.5))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * 0 + 4, "up to 2 slots after a token's own"),  # its slots are 2, 3 and 4
+        (lambda x: x - 9, "below 0 or falls"),
+        (lambda x: torch.tensor([[1, 2, 1]] * 2), "below 0 or falls"),
+    ],
+)
+def test_refuses_documents_that_hide_a_token_when_ranges_are_checked(change, message):
+    with checked_ranges():
+        attention(**bad())
+        with pytest.raises(ValueError, match=f"first is {message}"):
+            attention(**bad(first=change))
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.5, "at most 0"), (-math.inf, "finite numbers")])
+def test_refuses_growth_and_infinities_when_ranges_are_checked(value, message):
+    with checked_ranges(), pytest.raises(ValueError, match=rf"log_forget reaches {value}; expected {message}"):
+        attention(**bad(log_forget=lambda x: torch.full_like(x, value)))

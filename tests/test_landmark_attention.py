@@ -150,7 +150,7 @@ def bad(**changes):
         (bad(q=lambda x: x[:, :, :3]), {}, "heads that are a multiple of groups"),
         (bad(landmarks=lambda x: x[:, 1:]), {}, r"landmarks has shape \(2, 4, 2, 6\); expected \(2, 5, 2, 6\)"),
         (bad(place=lambda x: x.int()), {}, "place is torch.int32"),
-        (bad(k=lambda x: x.double()), {}, "k is torch.float64 on cpu; expected what v is, torch.float32"),
+        (bad(k=lambda x: x.double()), {}, "k is torch.float64 on cpu; expected what q is, torch.float32"),
         (bad(), {"block": 0}, "block=0, top_k=None; expected 1 or more"),
         (bad(), {"top_k": 0}, "block=2, top_k=0; expected 1 or more"),
         (bad(), {"backend": "magic"}, "backend='magic' cannot run landmark_attention"),

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from seqzoo import Mixer, clone_state, detach_state, layers, measure_state, starts_from_cu_seqlens
-from seqzoo.kernels import EVERY_OPERATOR
+from seqzoo.kernels import EVERY_OPERATOR, checked_ranges
 from seqzoo.layers import (
     FAMILIES,
     HGRN2,
@@ -592,7 +592,7 @@ def test_a_decoded_state_takes_at_most_twice_what_it_says(mixer):
 def test_a_state_keeps_no_activations_in_memory(mixer):
     _, state = mixer(draw(1, 1000))
     held = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in tree_leaves(state)}
-    assert sum(held.values()) <= 2 * mixer.state_bytes(1000, dtype=torch.float64)
+    assert sum(held.values()) == mixer.state_bytes(1000, dtype=torch.float64)
 
 
 def test_a_state_is_tensors_with_the_batch_first(mixer, x):
@@ -703,6 +703,13 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: Attention(32, soft_cap=-1.0), ["soft_cap=-1.0", "above 0"]),
         (lambda: Attention(32, temperature=-1.0), ["temperature=-1.0", "0 or more"]),
         (lambda: Attention(32, rope_base=1.0), ["rope_base=1.0", "above 1"]),
+        (lambda: Attention(32, positions="none", rope_base=500.0), ["rope_base=500.0", "positions='none'", "10000.0"]),
+        (lambda: Attention(32, positions="none", rope_original_length=8), ["rope_original_length=8", "None"]),
+        (lambda: LandmarkAttention(32, positions="none", rope_base=500.0), ["rope_base=500.0", "10000.0"]),
+        (
+            lambda: DifferentialAttention(32, rope_base=None, rope_layout="neighbours"),
+            ["rope_layout='neighbours'", "rope_base=None", "'halves'"],
+        ),
         (lambda: Attention(32, rope_layout="pairs"), ["rope_layout='pairs'", "'halves'", "'neighbours'"]),
         (lambda: Attention(32, rope_scaling="long"), ["rope_scaling='long'", "'yarn'"]),
         (lambda: Attention(32, rope_factor=2.0), ["rope_factor=2.0", "rope_scaling='none'"]),
@@ -882,6 +889,14 @@ def test_other_lengths_do_not_compile_attention_anew(build):
     for time in range(10, 22):  # more than torch._dynamo.config.recompile_limit
         x = draw(1, time, dtype=torch.float32)
         torch.testing.assert_close(compiled(x)[0], mixer(x)[0])
+
+
+@pytest.mark.parametrize("build", ATTENTIONS)
+def test_attention_is_given_what_it_may_be(build):
+    mixer, x, starts = build(DIM).double(), draw(BATCH, TIME), draw_starts(BATCH, TIME)
+    with checked_ranges():
+        run(mixer, x, [20, 1, 1, 48], starts)
+        run(mixer, x, [20, 1, 1, 48])
 
 
 def test_max_length_counts_the_tokens_of_a_document_over_all_calls():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from seqzoo.kernels import native
 from seqzoo.kernels.native import build
-from seqzoo.kernels.native.tensors import DTYPES, Function, dense
+from seqzoo.kernels.native.tensors import DTYPES, Function, dense, dense_rows
 from seqzoo.kernels.torch_operators import define, differentiable
 
 SOURCE = Path(__file__).with_name("native_checks.cpp")
@@ -257,6 +257,16 @@ def test_dense_copies_only_where_it_must():
     assert same is x and turned.is_contiguous() and torch.equal(turned, x.T) and none is None
     with pytest.raises(AssertionError, match="strides"):
         Function("anything")(x.T)
+
+
+def test_dense_rows_copies_only_what_is_not_dense_in_a_row():
+    buffer = torch.randn(3, 9, 4, 5)
+    slice_of_slots, few_heads, turned = buffer[:, 2:7], buffer[:, :, :2], buffer.transpose(2, 3)
+    first, batch, step, *others = dense_rows(slice_of_slots, few_heads, turned)
+    assert (first.data_ptr(), batch, step) == (slice_of_slots.data_ptr(), 9 * 20, 20) and first.is_contiguous()
+    assert (others[0].data_ptr(), *others[1:3]) == (few_heads.data_ptr(), 9 * 20, 20)
+    assert others[3].data_ptr() != turned.data_ptr() and others[4:] == [9 * 20, 20]
+    assert torch.equal(others[3], turned[:1, :1])
 
 
 def _scale(x, factor, bias):

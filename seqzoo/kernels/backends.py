@@ -178,10 +178,19 @@ def checked_ranges() -> Iterator[None]:
         _checks_ranges = before
 
 
-def check_log_decay(operator: str, log_decay: Tensor | None, name: str = "log_decay") -> None:
-    """Under ``checked_ranges``, raise ValueError unless ``log_decay``, called ``name``, is at most 0 everywhere."""
-    if _checks_ranges and log_decay is not None and not (log_decay <= 0).all():
+def checks_ranges() -> bool:
+    """Whether this is inside ``checked_ranges``."""
+    return _checks_ranges
+
+
+def check_log_decay(operator: str, log_decay: Tensor | None, name: str = "log_decay", *, finite: bool = False) -> None:
+    """Under ``checked_ranges``, raise ValueError unless ``log_decay`` is at most 0 everywhere, and ``finite`` if so."""
+    if not _checks_ranges or log_decay is None:
+        return
+    if not (log_decay <= 0).all():
         raise ValueError(f"{operator}: {name} reaches {log_decay.max().item():g}; expected at most 0 everywhere")
+    if finite and log_decay.isinf().any():
+        raise ValueError(f"{operator}: {name} reaches -inf; expected finite numbers, of which -1e4 forgets all as well")
 
 
 def check_heads(
@@ -205,6 +214,31 @@ def check_heads(
     check_shape(operator, "state", state, (v.shape[0], v.shape[2], q.shape[3], v.shape[3]))
     check_shape(operator, "starts", starts, tuple(v.shape[:2]))
     check_log_decay(operator, gates.get("log_decay"))
+
+
+def check_attention(operator: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless queries of the last slots fit keys and values of all, each shared by a group of heads."""
+    ranks = q.ndim == k.ndim == v.ndim == 4
+    if not ranks or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; expected "
+            "[batch, time, head, key], [batch, slot, group, key] and [batch, slot, group, value]"
+        )
+    if not 1 <= q.shape[1] <= k.shape[1] or k.shape[2] < 1 or q.shape[2] % k.shape[2] or q.shape[3] < 1:
+        raise ValueError(
+            f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)}: expected a time of 1 or more, at least as many "
+            "slots, and heads that are a multiple of groups"
+        )
+    check_numbers(operator, None, q=q, k=k, v=v)
+    check_kind(operator, "q", q, k=k, v=v)
+
+
+def check_index(operator: str, name: str, index: Tensor | None, like: Tensor) -> None:
+    """Raise ValueError unless ``index`` is of int64 and beside ``like``, or None."""
+    if index is not None and (index.dtype != torch.int64 or index.device != like.device):
+        raise ValueError(
+            f"{operator}: {name} is {index.dtype} on {index.device}; expected torch.int64 on {like.device}"
+        )
 
 
 def check_decay(operator: str, log_decay: Tensor | None, q: Tensor, v: Tensor) -> None:

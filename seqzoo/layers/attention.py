@@ -12,14 +12,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.attention import attention
 from seqzoo.mixer import Mixer, positions_from_starts
-from seqzoo.parts.key_value_memory import KeyValueBuffer, KeyValueRing, first_slots, held_positions
+from seqzoo.parts.key_value_memory import KeyValueBuffer, KeyValueRing, first_slots
 from seqzoo.parts.norm import GroupRMSNorm
 from seqzoo.parts.rotary import RopeLayout, RopeScaling, Rotary
 
@@ -109,7 +108,7 @@ class Attention(Mixer):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim or dim // num_heads
         self.window, self.sinks, self.constant_state = window, sinks, window is not None
         rotary = Rotary(self.head_dim, rope_base, rope_layout, rope_scaling, rope_factor, rope_original_length)
-        self.rotary = rotary.check() if positions == "rope" else None
+        self.rotary = rotary.check() if positions == "rope" else rotary.unused("positions='none'")
         self.soft_cap, self.max_length, self.backend = soft_cap, max_length, backend
         self.temperature, self.temperature_step = temperature, temperature_step
         self.query = nn.Linear(dim, num_heads * self.head_dim, bias=False)
@@ -155,33 +154,25 @@ class Attention(Mixer):
         memory = KeyValueBuffer.after(state, k, v, positions[:, -1] + 1)
         k, v, _ = memory.used(q.dtype)
         first = None if state is None and unbroken else first_slots(positions, k.shape[1])
-        return self._attend(q, k, v, first), memory
+        return self._attend(q, k, v, first, None, 0), memory
 
     def _attend_window(self, q, k, v, positions, state, unbroken):
         assert self.window is not None
         time, position = k.shape[1], positions[:, -1] + 1
-        plain = self.sink is None and self.soft_cap is None and self.backend in ("auto", "sdpa")
-        if state is not None and time == 1 and unbroken and plain:
-            return self._step(q, state.step(k, v, position, self.window, self.sinks))
+        if state is not None and time == 1 and unbroken:
+            # All that the ring holds is visible, and its order does not matter: keys have turned already.
+            ring = state.step(k, v, position, self.window, self.sinks)
+            k, v = ring.keys.to(q.dtype), ring.values.to(q.dtype)
+            return self._attend(q, k, v, ring.empty()[:, None], None, 0), ring
         ring = KeyValueRing.after(state, k, v, position, self.window, self.sinks)
         first = None if unbroken else first_slots(positions, time)
         if state is not None:
             k, v, first = state.before(k, v, positions, self.window, self.sinks)
-        return self._attend(q, k, v, first), ring
+        return self._attend(q, k, v, first, self.window, self.sinks), ring
 
-    def _attend(self, q, k, v, first):
-        window, sinks, cap = self.window, self.sinks, self.soft_cap
-        return attention(
-            q, k, v, sink=self.sink, first=first, window=window, sinks=sinks, soft_cap=cap, backend=self.backend
-        )
-
-    def _step(self, q, ring):
-        """One token against the ring as it lies: without positions in it, the order of slots does not matter."""
-        assert self.window is not None
-        visible = held_positions(ring.position, self.window, self.sinks)[:, None, None] >= 0
-        q, k, v = (z.transpose(1, 2).to(q.dtype) for z in (q, ring.keys, ring.values))
-        y = F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=self.num_kv_heads < self.num_heads)
-        return y.transpose(1, 2), ring
+    def _attend(self, q, k, v, first, window, sinks):
+        cap, backend = self.soft_cap, self.backend
+        return attention(q, k, v, None, self.sink, first, window=window, sinks=sinks, soft_cap=cap, backend=backend)
 
     def _check_length(self, positions: Tensor) -> None:
         if self.max_length is None or torch.compiler.is_compiling():

@@ -68,7 +68,11 @@ class DifferentialAttention(Mixer):
         if layer_index < 0:
             raise ValueError(f"layer_index={layer_index}: expected 0 or more")
         key = dim // (2 * num_heads)
-        self.rotary = None if rope_base is None else Rotary(key, rope_base, rope_layout).check()
+        self.rotary = (
+            Rotary(key, layout=rope_layout).unused("rope_base=None")
+            if rope_base is None
+            else Rotary(key, rope_base, rope_layout).check()
+        )
         self.num_kv_heads, self.key_dim, self.backend = kv_heads, key, backend
         self.start = 0.8 - 0.6 * math.exp(-0.3 * layer_index)
         self.query = nn.Linear(dim, dim, bias=False)
@@ -94,7 +98,7 @@ class DifferentialAttention(Mixer):
     ) -> tuple[Float[Tensor, "batch time dim"], KeyValueBuffer]:
         batch, time, _ = x.shape
         positions = positions_from_starts(starts, state and state.position, time, x.device).expand(batch, -1)
-        # All first softmaxes come before all second ones, as heads of one call.
+        # All first softmaxes come before all second ones: two calls, for one would need all values twice.
         q, k = (
             rearrange(z, "b t (h two d) -> b t (two h) d", two=2, d=self.key_dim) for z in (self.query(x), self.key(x))
         )
@@ -104,9 +108,11 @@ class DifferentialAttention(Mixer):
         memory = KeyValueBuffer.after(state, k, v, positions[:, -1] + 1)
         k, v, _ = memory.used(q.dtype)
         first = None if state is None and starts is None else first_slots(positions, k.shape[1])
-        y = attention(q, k, torch.cat([v, v], 2), first=first, backend=self.backend)
-        kept, cancelled = y.chunk(2, 2)
-        y = kept - self._share().to(y.dtype) * cancelled
+        kept, cancelled = (
+            attention(*both, v, first=first, backend=self.backend)
+            for both in zip(q.chunk(2, 2), k.chunk(2, 2), strict=True)
+        )
+        y = kept - self._share().to(kept.dtype) * cancelled
         return self.out((1 - self.start) * self.norm(y.flatten(2))), memory
 
     def _share(self) -> Tensor:

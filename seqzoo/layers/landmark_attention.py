@@ -77,7 +77,8 @@ class LandmarkAttention(Mixer):
             raise ValueError(f"positions={positions!r}: use 'rope' or 'none'")
         self.num_kv_heads, self.head_dim = kv_heads, dim // num_heads
         self.block_size, self.top_k, self.backend = block_size, top_k, backend
-        self.rotary = Rotary(self.head_dim, rope_base).check() if positions == "rope" else None
+        rotary = Rotary(self.head_dim, rope_base)
+        self.rotary = rotary.check() if positions == "rope" else rotary.unused("positions='none'")
         self.query = nn.Linear(dim, dim, bias=False)
         self.key_value = nn.Linear(dim, 2 * kv_heads * self.head_dim, bias=False)
         self.landmark_query, self.landmark_key = (nn.Parameter(torch.empty(kv_heads, self.head_dim)) for _ in range(2))

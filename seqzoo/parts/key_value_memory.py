@@ -39,7 +39,10 @@ class KeyValueBuffer(NamedTuple):
             log_forget = keys.new_empty(*keys.shape[:2], 0)
         used = 0 if past is None else past.filled.shape[1]
         filled = keys.new_empty(len(keys), used + keys.shape[1], 0)
-        if past is not None:
+        if past is None:
+            # As views of a projection's output they would keep all of it in memory.
+            keys, values = keys.clone(), values.clone()
+        else:
             keys, values = _extended(past.keys, used, keys), _extended(past.values, used, values)
             log_forget = _extended(past.log_forget, used, log_forget)
         return cls(keys, values, log_forget, position, filled)
@@ -59,12 +62,17 @@ def first_slots(positions: Int[Tensor, "batch time"], slots: int) -> Int[Tensor,
 class KeyValueRing(NamedTuple):
     """The first ``sinks`` keys of the open document and its last ``window`` ones.
 
-    Position p stands in slot p if it is a sink, else in slot ``sinks + (p - sinks) mod window``; all else is zero.
+    Slots fill from the last one on. Counted from there, position p stands in slot p if it is a sink, else in slot
+    ``sinks + (p - sinks) mod window``; what is still empty comes first, and is zero.
     """
 
     keys: Float[Tensor, "batch slot head key"]
     values: Float[Tensor, "batch slot head value"]
     position: Int[Tensor, " batch"]
+
+    def empty(self) -> Int[Tensor, " batch"]:
+        """How many slots in front hold nothing yet."""
+        return (self.keys.shape[1] - self.position).clamp(min=0)
 
     def before(
         self, keys: Tensor, values: Tensor, positions: Int[Tensor, "batch time"], window: int, sinks: int
@@ -82,8 +90,8 @@ class KeyValueRing(NamedTuple):
             for old, new in ((self.keys, keys), (self.values, values))
         )
         goes_on = positions == self.position[:, None] + torch.arange(positions.shape[1], device=held.device)
-        empty = (held < 0).sum(-1, keepdim=True)
-        return keys, values, torch.where(goes_on, empty, first_slots(positions, keys.shape[1]))
+        first = torch.where(goes_on, self.empty()[:, None], first_slots(positions, keys.shape[1]))
+        return keys, values, first
 
     @classmethod
     def after(
@@ -107,7 +115,7 @@ class KeyValueRing(NamedTuple):
     def step(self, key: Tensor, value: Tensor, position: Tensor, window: int, sinks: int) -> KeyValueRing:
         """``after`` for one token ``[batch 1 head key]``; in place when autograd is off."""
         last = position - 1
-        slot = torch.where(last < sinks, last, sinks + (last - sinks) % window)
+        slot = sinks + window - 1 - torch.where(last < sinks, last, sinks + (last - sinks) % window)
         rows = torch.arange(len(slot), device=slot.device)
         write = torch.index_put if torch.is_grad_enabled() else torch.Tensor.index_put_
         keys = write(self.keys, (rows, slot), key[:, 0].to(self.keys.dtype))
@@ -117,7 +125,7 @@ class KeyValueRing(NamedTuple):
 
 def held_positions(position: Int[Tensor, " batch"], window: int, sinks: int) -> Int[Tensor, "batch slot"]:
     """The position that each slot of a ring holds once ``position`` tokens of the document are read; -1 for none."""
-    slot = torch.arange(sinks + window, device=position.device)
+    slot = torch.arange(sinks + window, device=position.device).flip(0)
     last = position[:, None] - 1
     recent = last - (last - slot) % window
     return torch.where(slot < sinks, torch.where(slot <= last, slot, -1), torch.where(recent >= sinks, recent, -1))

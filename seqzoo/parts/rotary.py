@@ -68,6 +68,19 @@ class Rotary(NamedTuple):
             raise ValueError("rope_scaling='ntk' needs heads of more than 2 channels: it slows pairs by their place")
         return self
 
+    def unused(self, where: str) -> None:
+        """Nothing, for a layer that does not turn, as the setting ``where`` says.
+
+        Raises:
+            ValueError: a setting is not its default, as if it did something.
+        """
+        for name, default in self._field_defaults.items():
+            value = getattr(self, name)
+            if value != default:
+                raise ValueError(
+                    f"rope_{name}={value!r} with {where}: nothing turns; use {default!r}, or rotary positions"
+                )
+
     def turn(
         self, x: Float[Tensor, "batch time head key"], positions: Int[Tensor, "rows time"]
     ) -> Float[Tensor, "batch time head key"]:

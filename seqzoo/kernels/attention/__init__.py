@@ -15,7 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqzoo.kernels.attention import chunked, native, reference, sdpa, triton_op
-from seqzoo.kernels.backends import FLOATS, check_log_decay, choose, explained
+from seqzoo.kernels.backends import (
+    check_attention,
+    check_index,
+    check_log_decay,
+    check_numbers,
+    check_shape,
+    checks_ranges,
+    choose,
+    explained,
+)
 
 IMPLEMENTATIONS = {
     "reference": reference.attention,
@@ -54,9 +63,10 @@ def attention(
         q: queries of the last ``time`` slots.
         k: keys, each shared by ``head / group`` consecutive query heads; ``slot >= time``.
         v: values, of the dtype of ``q`` and ``k``.
-        log_forget: logarithm of what each slot leaves of all before it, at most 0, float32 or better.
+        log_forget: logarithm of what each slot leaves of all before it, at most 0 and finite, float32 or better.
         sink: logit of an empty value that every query sees.
-        first: the slot where each token's document begins, which never falls from token to token; None for 0.
+        first: the slot where each token's document begins, at most its own, which never falls from token to token; None
+            for 0.
         window: slots that are visible, the own one included; None for all.
         sinks: first slots of the document that stay visible beyond the window.
         soft_cap: logits stay between minus and plus this; above 0.
@@ -131,31 +141,17 @@ def _cutoff(q: Tensor, k: Tensor, scale: float, soft_cap: float | None, prune: f
 
 
 def _check(q, k, v, log_forget, sink, first) -> None:
-    ranks = q.ndim == k.ndim == v.ndim == 4
-    if not ranks or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; expected "
-            "[batch, time, head, key], [batch, slot, group, key] and [batch, slot, group, value]"
-        )
-    time, heads, slots, groups = *q.shape[1:3], *k.shape[1:3]
-    if not 1 <= time <= slots or groups < 1 or heads % groups or q.shape[3] < 1:
-        raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}: expected a time of 1 or more, at least as many slots, "
-            "and heads that are a multiple of groups"
-        )
-    shapes = {
-        "log_forget": (log_forget, (len(q), slots, heads)),
-        "sink": (sink, (heads,)),
-        "first": (first, (len(q), time)),
-    }
-    for name, (tensor, expected) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) != expected:
-            raise ValueError(f"attention: {name} has shape {tuple(tensor.shape)}; expected {expected}")
-    for name, tensor in {"q": q, "k": k, "v": v, "log_forget": log_forget, "sink": sink}.items():
-        if tensor is not None and (tensor.dtype not in FLOATS or tensor.device != q.device):
-            raise ValueError(f"attention: {name} is {tensor.dtype} on {tensor.device}; expected floats on {q.device}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; expected one dtype")
-    if first is not None and (first.dtype != torch.int64 or first.device != q.device):
-        raise ValueError(f"attention: first is {first.dtype} on {first.device}; expected torch.int64 on {q.device}")
-    check_log_decay("attention", log_forget, "log_forget")
+    check_attention("attention", q, k, v)
+    (batch, time, heads, _), slots = q.shape, k.shape[1]
+    check_shape("attention", "log_forget", log_forget, (batch, slots, heads))
+    check_shape("attention", "sink", sink, (heads,))
+    check_shape("attention", "first", first, (batch, time))
+    check_numbers("attention", None, q=q, log_forget=log_forget, sink=sink)
+    check_index("attention", "first", first, q)
+    check_log_decay("attention", log_forget, "log_forget", finite=True)
+    if first is not None and checks_ranges():
+        late = (first - torch.arange(slots - time, slots, device=q.device)).max().item()
+        if late > 0:
+            raise ValueError(f"attention: first is up to {late} slots after a token's own; expected that or one before")
+        if first.min() < 0 or (first.diff(dim=1) < 0).any():
+            raise ValueError("attention: first is below 0 or falls; expected slots that never fall from token to token")

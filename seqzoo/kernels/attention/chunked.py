@@ -63,13 +63,21 @@ class _Block:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """``[batch group head token key]``, where head counts those of a group."""
+        """``[batch group row key]``: heads that share keys are so many more rows of tokens."""
         x = x[:, self.start : self.stop].to(self.wide).unflatten(2, (self.k.shape[2], -1))
-        return x.permute(0, 2, 3, 1, 4)
+        return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Rows of groups as ``[batch head token ...]``."""
+        return x.unflatten(2, (-1, self.stop - self.start)).flatten(1, 2)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """What ``_heads`` undoes."""
+        return x.unflatten(1, (self.k.shape[2], -1)).flatten(2, 3)
 
     def _logits(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits ``[batch head token slot]``, and what a cap leaves of their gradient."""
-        logits, slope = (q @ k.mT).flatten(1, 2), None
+        logits, slope = self._heads(q @ k.mT), None
         if self.soft_cap is not None:
             bent = torch.tanh(logits / self.soft_cap)
             logits, slope = self.soft_cap * bent, 1 - bent.square()
@@ -91,23 +99,22 @@ class _Block:
 
     def attend(self, o: Tensor, sums: Tensor) -> None:
         q = self._tokens(self.q) * self.scale
-        k, v = (self._slots(x, 1).to(self.wide).transpose(1, 2)[:, :, None] for x in (self.k, self.v))
+        k, v = (self._slots(x, 1).to(self.wide).transpose(1, 2) for x in (self.k, self.v))
         logits, _ = self._logits(q, k)
         total = logits.logsumexp(-1)
         if self.sink is not None:
             total = torch.logaddexp(total, self.sink.to(self.wide)[:, None])
         weights = (logits - total[..., None]).exp_()
-        values = weights.unflatten(1, q.shape[1:3]) @ v
-        o[:, self.start : self.stop] = values.permute(0, 3, 1, 2, 4).flatten(2, 3).to(o.dtype)
+        o[:, self.start : self.stop] = self._heads(self._rows(weights) @ v).transpose(1, 2).to(o.dtype)
         sums[..., self.start : self.stop] = total
 
     def differentiate(self, do, sums, dq, dk, dv, ddecay, dsink) -> None:
         q = self._tokens(self.q) * self.scale
-        k, v = (self._slots(x, 1).to(self.wide).transpose(1, 2)[:, :, None] for x in (self.k, self.v))
+        k, v = (self._slots(x, 1).to(self.wide).transpose(1, 2) for x in (self.k, self.v))
         do, total = self._tokens(do), sums[..., self.start : self.stop]
         logits, slope = self._logits(q, k)
         weights = (logits - total[..., None]).exp_()
-        dlogits = weights * (do @ v.mT).flatten(1, 2)
+        dlogits = weights * self._heads(do @ v.mT)
         along = dlogits.sum(-1)
         dlogits = dlogits - weights * along[..., None]
         if ddecay is not None:
@@ -119,12 +126,10 @@ class _Block:
             dsink -= ((self.sink.to(self.wide)[:, None] - total).exp() * along).sum((0, 2)).to(dsink.dtype)
         if slope is not None:
             dlogits = dlogits * slope
-        dlogits, weights = (x.unflatten(1, q.shape[1:3]) for x in (dlogits, weights))
-        mine = (dlogits @ k) * self.scale
-        dq[:, self.start : self.stop] = mine.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dq.dtype)
+        dlogits, weights = self._rows(dlogits), self._rows(weights)
+        dq[:, self.start : self.stop] = self._heads(dlogits @ k * self.scale).transpose(1, 2).to(dq.dtype)
         for to, left, right in ((dk, dlogits, q), (dv, weights, do)):
-            # The heads of a group are so many more rows.
-            self._scatter(to, 1, (left.flatten(2, 3).mT @ right.flatten(2, 3)).transpose(1, 2))
+            self._scatter(to, 1, (left.mT @ right).transpose(1, 2))
 
     def _scatter(self, to: Tensor, dim: int, x: Tensor) -> None:
         for (begin, end), part in zip(self.spans, x.split([e - b for b, e in self.spans], dim), strict=True):

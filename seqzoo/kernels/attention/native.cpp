@@ -16,13 +16,24 @@ namespace {
 
 // Slots of a tile, and about as many rows of queries.
 constexpr int64_t SLOTS = 128, ROWS = 128;
+// What may be forgotten within a tile before sums of two floats have lost digits of small differences.
+constexpr double FAR = -64;
 
 template <class T>
 constexpr Precision PRECISION = std::is_same_v<T, bfloat16> ? Precision::bf16 : Precision::full;
 
+// [batch][token or slot][head or group][size], where only the last two axes need be dense.
+template <class T>
+struct Rows {
+    const T* data;
+    int64_t batch, step, size;  // the first two are strides
+
+    const T* at(int64_t b, int64_t t, int64_t head) const { return data + b * batch + t * step + head * size; }
+};
+
 template <class T>
 struct Problem {
-    const T *q, *k, *v;     // [batch][token or slot][head or group][size]
+    Rows<T> q, k, v;
     const double* decay;    // [batch][head][slot] or null
     const Wide<T>* sink;    // [head] or null
     const int64_t* first;   // [batch][token] or null
@@ -43,17 +54,15 @@ struct Group {
     const Problem<T>& p;
     int64_t b, g;
 
-    Matrix<const T> rows_of(const T* x, int64_t size, int64_t slot) const {
-        return {x + ((b * p.slots + slot) * p.groups + g) * size, p.groups * size};
-    }
+    Matrix<const T> rows_of(const Rows<T>& x, int64_t slot) const { return {x.at(b, slot, g), x.step}; }
     int64_t first(int64_t t) const { return p.first ? p.first[b * p.time + t] : 0; }
     const double* decay(int64_t r) const { return p.decay + (b * p.heads + g * p.shared() + r) * p.slots; }
 
     // The rows of tokens [t0, t1), heads of one token together.
-    void gather(const T* x, int64_t size, int64_t t0, int64_t t1, T* to) const {
-        const int64_t width = p.shared() * size;
+    void gather(const Rows<T>& x, int64_t t0, int64_t t1, T* to) const {
+        const int64_t width = p.shared() * x.size;
         for (int64_t t = t0; t < t1; t++) {
-            const T* from = x + ((b * p.time + t) * p.heads + g * p.shared()) * size;
+            const T* from = x.at(b, t, g * p.shared());
             for_each_vector<T>(width, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
                 store(to + (t - t0) * width + i, load(from + i));
             });
@@ -116,7 +125,7 @@ void finish_logits(const Group<T>& group, int64_t t0, int64_t t1, int64_t j0, in
     const int64_t shared = p.shared(), count = j1 - j0;
     const W nothing = -std::numeric_limits<W>::infinity();
     W* forgotten = p.decay ? workspace<10, W>(shared * SLOTS) : nullptr;
-    // Differences to the tile's first token are small where weights are not.
+    // Differences to the tile's first token, from which those to others follow as long as it is near.
     for (int64_t r = 0; forgotten && r < shared; r++) {
         const double* c = group.decay(r);
         for (int64_t j = 0; j < count; j++) forgotten[r * SLOTS + j] = W(c[p.own(t0)] - c[j0 + j]);
@@ -135,10 +144,15 @@ void finish_logits(const Group<T>& group, int64_t t0, int64_t t1, int64_t j0, in
             }
             if (forgotten) {
                 const double* c = group.decay(r);
-                V mine = broadcast<V>(W(c[p.own(t)] - c[p.own(t0)]));
-                for_each_vector<W>(count, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-                    store(row + i, load(row + i) + (load(forgotten + r * SLOTS + i) + mine));
-                });
+                const double own = c[p.own(t)], since = own - c[p.own(t0)];
+                if (since < FAR) {
+                    for (int64_t i = 0; i < count; i++) row[i] += W(own - c[j0 + i]);
+                } else {
+                    V mine = broadcast<V>(W(since));
+                    for_each_vector<W>(count, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+                        store(row + i, load(row + i) + (load(forgotten + r * SLOTS + i) + mine));
+                    });
+                }
             }
             if (s.sinks_begin < s.sinks_end) {
                 std::fill(row, row + s.sinks_begin, nothing);
@@ -163,7 +177,7 @@ void forward(const Problem<T>& p, T* o, Wide<T>* sums, int64_t threads) {
         const Group<T> group{p, which / p.groups, which % p.groups};
         const int64_t t0 = tile * tokens, t1 = std::min(p.time, t0 + tokens), rows = (t1 - t0) * shared;
         T* q = workspace<0, T>(rows * p.key + LANES<T>);
-        group.gather(p.q, p.key, t0, t1, q);
+        group.gather(p.q, t0, t1, q);
         W* l = workspace<1, W>(rows * SLOTS);
         W* out = workspace<2, W>(rows * p.value + LANES<T>);
         W *largest = workspace<3, W>(2 * rows), *total = largest + rows;
@@ -177,7 +191,7 @@ void forward(const Problem<T>& p, T* o, Wide<T>* sums, int64_t threads) {
             const int64_t j1 = std::min(end, j0 + SLOTS), count = j1 - j0;
             if (!any_seen(group, t0, t1, j0, j1)) continue;
             gemm<PRECISION<T>>({rows, count, p.key}, Matrix<const T>{q, p.key},
-                               group.rows_of(p.k, p.key, j0).transposed(), Matrix<W>{l, SLOTS}, p.scale);
+                               group.rows_of(p.k, j0).transposed(), Matrix<W>{l, SLOTS}, p.scale);
             finish_logits<T>(group, t0, t1, j0, j1, l, nullptr);
             for (int64_t i = 0; i < rows; i++) {
                 W *row = l + i * SLOTS, *to = out + i * p.value;
@@ -205,7 +219,7 @@ void forward(const Problem<T>& p, T* o, Wide<T>* sums, int64_t threads) {
                 }
                 total[i] += sum(added);
             }
-            gemm<PRECISION<T>>({rows, p.value, count}, Matrix<const W>{l, SLOTS}, group.rows_of(p.v, p.value, j0),
+            gemm<PRECISION<T>>({rows, p.value, count}, Matrix<const W>{l, SLOTS}, group.rows_of(p.v, j0),
                                Matrix<W>{out, p.value}, W(1), true);
         }
         for (int64_t i = 0; i < rows; i++) {
@@ -272,17 +286,18 @@ void backward_part(const Group<T>& group, const Gradients<T>& grad, int64_t part
     W* slope = p.soft_cap != 0 ? workspace<6, W>(most * SLOTS) : nullptr;
     W *dk = workspace<7, W>(SLOTS * p.key), *dv = workspace<8, W>(SLOTS * p.value);
     double* columns = workspace<9, double>(shared * SLOTS);
+    const Rows<T> d_o_rows{grad.d_o, p.time * p.heads * p.value, p.heads * p.value, p.value};
     for (int64_t j0 = part * SLOTS; j0 < p.slots; j0 += parts * SLOTS) {
         const int64_t j1 = std::min(p.slots, j0 + SLOTS), count = j1 - j0;
         std::fill_n(dk, count * p.key, W(0));
         std::fill_n(dv, count * p.value, W(0));
         std::fill_n(columns, shared * SLOTS, 0.0);
-        const Matrix<const T> keys = group.rows_of(p.k, p.key, j0), values = group.rows_of(p.v, p.value, j0);
+        const Matrix<const T> keys = group.rows_of(p.k, j0), values = group.rows_of(p.v, j0);
         for (int64_t t0 = std::max<int64_t>(0, j0 - p.own(0)) / tokens * tokens; t0 < p.time; t0 += tokens) {
             const int64_t t1 = std::min(p.time, t0 + tokens), rows = (t1 - t0) * shared;
             if (!any_seen(group, t0, t1, j0, j1)) continue;
-            group.gather(p.q, p.key, t0, t1, q);
-            group.gather(grad.d_o, p.value, t0, t1, d_o);
+            group.gather(p.q, t0, t1, q);
+            group.gather(d_o_rows, t0, t1, d_o);
             gemm<PRECISION<T>>({rows, count, p.key}, Matrix<const T>{q, p.key}, keys.transposed(), Matrix<W>{l, SLOTS},
                                p.scale);
             finish_logits<T>(group, t0, t1, j0, j1, l, slope);
@@ -385,13 +400,15 @@ void backward(const Problem<T>& p, const Gradients<T>& grad, int64_t threads) {
     });
 }
 
+// What both directions begin with. Of queries, keys and values, strides of the first two axes; no window is 0.
 template <class T>
-Problem<T> make(const void* q, const void* k, const void* v, const void* decay, const void* sink, const void* first,
+Problem<T> make(const void* q, int64_t q_batch, int64_t q_token, const void* k, int64_t k_batch, int64_t k_slot,
+                const void* v, int64_t v_batch, int64_t v_slot, const void* decay, const void* sink, const void* first,
                 const void* cutoff, int64_t batch, int64_t time, int64_t slots, int64_t heads, int64_t groups,
                 int64_t key, int64_t value, int64_t window, int64_t sinks, double soft_cap, double scale) {
-    return {static_cast<const T*>(q),
-            static_cast<const T*>(k),
-            static_cast<const T*>(v),
+    return {{static_cast<const T*>(q), q_batch, q_token, key},
+            {static_cast<const T*>(k), k_batch, k_slot, key},
+            {static_cast<const T*>(v), v_batch, v_slot, value},
             static_cast<const double*>(decay),
             static_cast<const Wide<T>*>(sink),
             static_cast<const int64_t*>(first),
@@ -411,31 +428,33 @@ Problem<T> make(const void* q, const void* k, const void* v, const void* decay, 
 
 }  // namespace
 
-// The running sum of what is forgotten, the sink's logit, first slots and cut-offs may be null; no window is 0.
-SEQZOO_EXPORT void attention_forward(int64_t dtype, int64_t threads, const void* q, const void* k, const void* v,
-                                     const void* decay, const void* sink, const void* first, const void* cutoff,
-                                     void* o, void* sums, int64_t batch, int64_t time, int64_t slots, int64_t heads,
-                                     int64_t groups, int64_t key, int64_t value, int64_t window, int64_t sinks,
-                                     double soft_cap, double scale) {
+// The running sum of what is forgotten, the sink's logit, first slots and cut-offs may be null.
+SEQZOO_EXPORT void attention_forward(int64_t dtype, int64_t threads, const void* q, int64_t q_batch, int64_t q_token,
+                                     const void* k, int64_t k_batch, int64_t k_slot, const void* v, int64_t v_batch,
+                                     int64_t v_slot, const void* decay, const void* sink, const void* first,
+                                     const void* cutoff, void* o, void* sums, int64_t batch, int64_t time,
+                                     int64_t slots, int64_t heads, int64_t groups, int64_t key, int64_t value,
+                                     int64_t window, int64_t sinks, double soft_cap, double scale) {
     with_dtype(int(dtype), [&](auto kind) {
         using T = decltype(kind);
-        auto p = make<T>(q, k, v, decay, sink, first, cutoff, batch, time, slots, heads, groups, key, value, window,
-                         sinks, soft_cap, scale);
+        auto p = make<T>(q, q_batch, q_token, k, k_batch, k_slot, v, v_batch, v_slot, decay, sink, first, cutoff,
+                         batch, time, slots, heads, groups, key, value, window, sinks, soft_cap, scale);
         forward<T>(p, static_cast<T*>(o), static_cast<Wide<T>*>(sums), threads);
     });
 }
 
 // The gradients of the running sum and of the sink may be null where these are.
-SEQZOO_EXPORT void attention_backward(int64_t dtype, int64_t threads, const void* q, const void* k, const void* v,
-                                      const void* decay, const void* sink, const void* first, const void* cutoff,
-                                      const void* o, const void* sums, const void* d_o, void* dq, void* dk, void* dv,
-                                      void* ddecay, void* dsink, int64_t batch, int64_t time, int64_t slots,
-                                      int64_t heads, int64_t groups, int64_t key, int64_t value, int64_t window,
-                                      int64_t sinks, double soft_cap, double scale) {
+SEQZOO_EXPORT void attention_backward(int64_t dtype, int64_t threads, const void* q, int64_t q_batch, int64_t q_token,
+                                      const void* k, int64_t k_batch, int64_t k_slot, const void* v, int64_t v_batch,
+                                      int64_t v_slot, const void* decay, const void* sink, const void* first,
+                                      const void* cutoff, const void* o, const void* sums, const void* d_o, void* dq,
+                                      void* dk, void* dv, void* ddecay, void* dsink, int64_t batch, int64_t time,
+                                      int64_t slots, int64_t heads, int64_t groups, int64_t key, int64_t value,
+                                      int64_t window, int64_t sinks, double soft_cap, double scale) {
     with_dtype(int(dtype), [&](auto kind) {
         using T = decltype(kind);
-        auto p = make<T>(q, k, v, decay, sink, first, cutoff, batch, time, slots, heads, groups, key, value, window,
-                         sinks, soft_cap, scale);
+        auto p = make<T>(q, q_batch, q_token, k, k_batch, k_slot, v, v_batch, v_slot, decay, sink, first, cutoff,
+                         batch, time, slots, heads, groups, key, value, window, sinks, soft_cap, scale);
         backward<T>(p, {static_cast<const T*>(o), static_cast<const T*>(d_o), static_cast<const Wide<T>*>(sums),
                         static_cast<T*>(dq), static_cast<T*>(dk), static_cast<T*>(dv), static_cast<double*>(ddecay),
                         static_cast<Wide<T>*>(dsink)},

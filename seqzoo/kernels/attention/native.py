@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from seqzoo.kernels.backends import accumulation_dtype
-from seqzoo.kernels.native.tensors import DTYPES, Function, dense, fresh
+from seqzoo.kernels.native.tensors import DTYPES, Function, dense, dense_rows, fresh
 from seqzoo.kernels.torch_operators import define, differentiable
 
 _entry = Function("attention_forward")
@@ -35,7 +35,8 @@ def _forward(*inputs):
     q, k, v = inputs[:3]
     results = _results(*inputs)
     fresh(results[0])
-    _entry(DTYPES[v.dtype], torch.get_num_threads(), *dense(*inputs[:7]), *results, *_sizes(q, k, v), *inputs[7:])
+    tensors = *dense_rows(q, k, v), *dense(*inputs[3:7]), *results
+    _entry(DTYPES[v.dtype], torch.get_num_threads(), *tensors, *_sizes(q, k, v), *inputs[7:])
     return results
 
 
@@ -43,7 +44,7 @@ def _backward(do, *tensors_and_settings):
     q, k, v, decay, sink, first, cutoff, o, sums, *settings = tensors_and_settings
     gradients = [None if x is None else x.new_empty(x.shape) for x in (q, k, v, decay, sink)]
     fresh(*gradients[:3])
-    tensors = dense(q, k, v, decay, sink, first, cutoff, o, sums, do)
+    tensors = *dense_rows(q, k, v), *dense(decay, sink, first, cutoff, o, sums, do)
     _backward_entry(DTYPES[v.dtype], torch.get_num_threads(), *tensors, *gradients, *_sizes(q, k, v), *settings)
     return gradients
 

@@ -21,9 +21,10 @@ VARIANTS = {
 
 def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale):
     """``decay`` is the running sum ``[batch head slot]`` of logarithms of what is forgotten; ``cutoff`` is not used."""
-    wide, shared = accumulation_dtype(v), q.shape[2] // k.shape[2]
-    keys, values = (x.to(wide).repeat_interleave(shared, 2) for x in (k, v))
-    logits = torch.einsum("bthk,bshk->bhts", q.to(wide), keys) * scale
+    wide, groups = accumulation_dtype(v), k.shape[2]
+    # Heads that share keys are h of a group g.
+    queries, keys, values = q.to(wide).unflatten(2, (groups, -1)), k.to(wide), v.to(wide)
+    logits = torch.einsum("btghk,bsgk->bghts", queries, keys).flatten(1, 2) * scale
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     if decay is not None:
@@ -34,8 +35,8 @@ def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scal
     if sink is not None:
         beside = sink.to(wide)[:, None, None].expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, beside], -1)
-    weights = logits.softmax(-1)[..., : k.shape[1]]
-    return torch.einsum("bhts,bshv->bthv", weights, values).to(v.dtype)
+    weights = logits.softmax(-1)[..., : k.shape[1]].unflatten(1, (groups, -1))
+    return torch.einsum("bghts,bsgv->btghv", weights, values).flatten(2, 3).to(v.dtype)
 
 
 def visible(first, time, slots, window, sinks, device, begin=0, end=None):

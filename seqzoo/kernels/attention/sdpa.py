@@ -24,17 +24,18 @@ def is_fused(q, v) -> bool:
 
 def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale):
     time, slots, groups = q.shape[1], k.shape[1], k.shape[2]
-    seen, causal = None, False
+    seen, causal, shared = None, False, False
     if first is not None or window is not None:
         seen = visible(first, time, slots, window, sinks, q.device)[:, None]
-    elif time == slots:  # as a branch, for where sizes are symbols a comparison is none of bool
+    elif time == slots:  # as branches, for where sizes are symbols a comparison is none of bool
         causal = True
+    if q.shape[2] > groups:
+        shared = True
     if time == 1:
         # Heads that share keys are rows of one product, where PyTorch would copy keys for each.
         q = q.squeeze(1).unflatten(1, (groups, -1))
         o = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), seen, scale=scale)
         return o.flatten(1, 2)[:, None]
-    shared = q.shape[2] > groups
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, scale=scale, enable_gqa=shared).transpose(
         1, 2

@@ -70,13 +70,33 @@ def _cap(logits, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
-def _finish(logits, own, since, slot, mine, theirs, WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFT_CAP: tl.constexpr):
-    """Products as logits, -inf where nothing is seen; and what a cap leaves of their gradient."""
+def _queries(decay, first, start, row, before, SPAN: tl.constexpr):
+    """Of queries from token ``start`` on: their slots, where their documents begin, and their decay after ``base``."""
+    own = before + start + row
+    since = tl.zeros_like(row)
+    if first is not None:
+        since += tl.load(first + start + row).to(tl.int32)
+    base = 0
+    mine = 0
+    if decay is not None:
+        base = tl.load(decay + before + start)
+        mine = (tl.load(decay + own) - base).to(SPAN)
+    return own, since, base, mine
+
+
+@triton.jit
+def _finish(
+    logits, own, since, base, mine, slot, decays,
+    ALONG: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFT_CAP: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Products, queries along the axis ``ALONG``, as logits, -inf where nothing is seen; and a cap's slope."""
     slope = logits
     if SOFT_CAP > 0:
         logits, slope = _cap(logits, SOFT_CAP)
-    if mine is not None:
-        logits += (mine + theirs).to(logits.dtype)
+    if decays is not None:
+        theirs = (base - decays).to(SPAN)
+        logits += (tl.expand_dims(mine, 1 - ALONG) + tl.expand_dims(theirs, ALONG)).to(logits.dtype)
+    own, since, slot = tl.expand_dims(own, 1 - ALONG), tl.expand_dims(since, 1 - ALONG), tl.expand_dims(slot, ALONG)
     seen = (slot <= own) & (slot >= since)
     if WINDOW:
         near = own - slot < WINDOW
@@ -174,21 +194,16 @@ def _forward(
     inside = row < time - start
     # Rows past the last token repeat it.
     row = tl.minimum(row, time - start - 1)
-    own = slots - time + start + row
     q += batch * q_strides[0] + start.to(tl.int64) * q_strides[1] + head * q_strides[2]
     k += batch * k_strides[0] + group * k_strides[2]
     v += batch * v_strides[0] + group * v_strides[2]
-    since = tl.zeros((TOKENS,), tl.int32)
     if first is not None:
         first += batch * time
-        since += tl.load(first + start + row).to(tl.int32)
-    mine = None
     if decay is not None:
         decay += lane.to(tl.int64) * slots
-        base = tl.load(decay + slots - time + start)
-        mine = (tl.load(decay + own) - base).to(SPAN)[:, None]
     if cutoff is not None:
         cutoff += lane
+    own, since, base, mine = _queries(decay, first, start, row, slots - time, SPAN)
 
     most = tl.full((TOKENS,), NOTHING, ACC)
     total = tl.zeros((TOKENS,), ACC)
@@ -205,12 +220,10 @@ def _forward(
         at = j.to(tl.int64)
         k_tile = _rows_inside(k + at * k_strides[1], column, k_strides[1], present, KEY, K_COLUMNS)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC) * SCALE
-        theirs = None
+        decays = None
         if decay is not None:
-            theirs = (base - tl.load(decay + j + column, mask=present, other=0)).to(SPAN)[None, :]
-        logits, _ = _finish(
-            logits, own[:, None], since[:, None], (j + column)[None, :], mine, theirs, WINDOW, SINKS, SOFT_CAP
-        )
+            decays = tl.load(decay + j + column, mask=present, other=0)
+        logits, _ = _finish(logits, own, since, base, mine, j + column, decays, 0, WINDOW, SINKS, SOFT_CAP, SPAN)
         now = tl.maximum(most, tl.max(logits, 1))
         # Rows that have seen nothing so far keep zeros.
         least = tl.where(now == NOTHING, 0, now)
@@ -243,25 +256,20 @@ def _backward_of_queries(
     row = tl.arange(0, TOKENS)
     inside = row < time - start
     row = tl.minimum(row, time - start - 1)
-    own = slots - time + start + row
     of_token = lane.to(tl.int64) * time + start
     q += batch * q_strides[0] + start.to(tl.int64) * q_strides[1] + head * q_strides[2]
     k += batch * k_strides[0] + group * k_strides[2]
     v += batch * v_strides[0] + group * v_strides[2]
     do += batch * do_strides[0] + start.to(tl.int64) * do_strides[1] + head * do_strides[2]
     o += ((batch * time + start) * HEADS + head) * VALUE
-    since = tl.zeros((TOKENS,), tl.int32)
     if first is not None:
         first += batch * time
-        since += tl.load(first + start + row).to(tl.int32)
-    mine = None
     if decay is not None:
         decay += lane.to(tl.int64) * slots
-        base = tl.load(decay + slots - time + start)
-        mine = (tl.load(decay + own) - base).to(SPAN)[:, None]
         over_slots = tl.zeros((TOKENS,), tl.float64)
     if cutoff is not None:
         cutoff += lane
+    own, since, base, mine = _queries(decay, first, start, row, slots - time, SPAN)
 
     do_tile = _rows(do, row, do_strides[1], VALUE, V_COLUMNS)
     mean = tl.sum(_rows(o, row, HEADS * VALUE, VALUE, V_COLUMNS).to(ACC) * do_tile.to(ACC), 1)
@@ -278,12 +286,10 @@ def _backward_of_queries(
         k_tile = _rows_inside(k + at * k_strides[1], column, k_strides[1], present, KEY, K_COLUMNS)
         v_tile = _rows_inside(v + at * v_strides[1], column, v_strides[1], present, VALUE, V_COLUMNS)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC) * SCALE
-        theirs = None
+        decays = None
         if decay is not None:
-            theirs = (base - tl.load(decay + j + column, mask=present, other=0)).to(SPAN)[None, :]
-        logits, slope = _finish(
-            logits, own[:, None], since[:, None], (j + column)[None, :], mine, theirs, WINDOW, SINKS, SOFT_CAP
-        )
+            decays = tl.load(decay + j + column, mask=present, other=0)
+        logits, slope = _finish(logits, own, since, base, mine, j + column, decays, 0, WINDOW, SINKS, SOFT_CAP, SPAN)
         weights = tl.exp(logits - total[:, None])
         dweights = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION, out_dtype=ACC)
         dlogits = weights * (dweights - mean[:, None])
@@ -328,6 +334,8 @@ def _backward_of_slots(
         head = group * (HEADS // GROUPS) + member
         place = batch * HEADS + head
         end = stop
+        decay_head = None
+        decays = None
         if decay is not None:
             decay_head = decay + place * slots
             decays = tl.load(decay_head + j + column, mask=present, other=0)
@@ -349,16 +357,7 @@ def _backward_of_slots(
             row = tl.arange(0, TOKENS)
             inside = row < time - start
             row = tl.minimum(row, time - start - 1)
-            own = slots - time + start + row
-            since = tl.zeros((TOKENS,), tl.int32)
-            if first is not None:
-                since += tl.load(first + start + row).to(tl.int32)
-            mine = None
-            theirs = None
-            if decay is not None:
-                base = tl.load(decay_head + slots - time + start)
-                mine = (tl.load(decay_head + own) - base).to(SPAN)[None, :]
-                theirs = (base - decays).to(SPAN)[:, None]
+            own, since, base, mine = _queries(decay_head, first, start, row, slots - time, SPAN)
             at = tl.cast(start, tl.int64)
             q_tile = _rows(q_head + at * q_strides[1], row, q_strides[1], KEY, K_COLUMNS)
             do_tile = _rows_inside(do_head + at * do_strides[1], row, do_strides[1], inside, VALUE, V_COLUMNS)
@@ -366,7 +365,7 @@ def _backward_of_slots(
             mean = tl.load(along + place * time + start + row, mask=inside, other=0)
             logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC) * SCALE
             logits, slope = _finish(
-                logits, own[None, :], since[None, :], (j + column)[:, None], mine, theirs, WINDOW, SINKS, SOFT_CAP
+                logits, own, since, base, mine, j + column, decays, 1, WINDOW, SINKS, SOFT_CAP, SPAN
             )
             weights = tl.exp(logits - total[None, :])
             dv_tile += _dot(weights, do_tile, DOT, ACC, PRECISION)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from seqzoo.kernels.backends import FLOATS, choose, explained
+from seqzoo.kernels.backends import check_attention, check_index, check_kind, check_shape, choose, explained
 from seqzoo.kernels.landmark_attention import chunked, reference
 
 IMPLEMENTATIONS = {"reference": reference.landmark_attention, "chunked": chunked.landmark_attention}
@@ -58,30 +58,11 @@ def landmark_attention(
     Raises:
         ValueError: shapes, dtypes or settings do not fit together, or ``backend`` cannot serve.
     """
-    ranks = q.ndim == k.ndim == v.ndim == 4
-    if not ranks or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"landmark_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; "
-            "expected [batch, time, head, key], [batch, slot, group, key] and [batch, slot, group, value]"
-        )
-    if not 1 <= q.shape[1] <= k.shape[1] or k.shape[2] < 1 or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"landmark_attention: q {tuple(q.shape)}, k {tuple(k.shape)}: expected a time of 1 or more, at least as "
-            "many slots, and heads that are a multiple of groups"
-        )
-    for name, tensor, expected in (("landmarks", landmarks, k.shape), ("place", place, k.shape[:2])):
-        if tensor.shape != expected:
-            raise ValueError(f"landmark_attention: {name} has shape {tuple(tensor.shape)}; expected {tuple(expected)}")
-    for name, tensor in {"q": q, "k": k, "v": v, "landmarks": landmarks}.items():
-        if tensor.dtype not in FLOATS or tensor.dtype != v.dtype or tensor.device != v.device:
-            raise ValueError(
-                f"landmark_attention: {name} is {tensor.dtype} on {tensor.device}; expected what v is, {v.dtype} on "
-                f"{v.device}, which must be floats"
-            )
-    if place.dtype != torch.int64 or place.device != q.device:
-        raise ValueError(
-            f"landmark_attention: place is {place.dtype} on {place.device}; expected torch.int64 on {q.device}"
-        )
+    check_attention("landmark_attention", q, k, v)
+    check_shape("landmark_attention", "landmarks", landmarks, tuple(k.shape))
+    check_shape("landmark_attention", "place", place, tuple(k.shape[:2]))
+    check_kind("landmark_attention", "q", q, landmarks=landmarks)
+    check_index("landmark_attention", "place", place, q)
     if block < 1 or (top_k is not None and top_k < 1):
         raise ValueError(f"landmark_attention: block={block}, top_k={top_k}; expected 1 or more, top_k may be None")
     run = IMPLEMENTATIONS[choose("landmark_attention", IMPLEMENTATIONS, backend, q, time=2)]  # never the reference

@@ -76,6 +76,20 @@ def dense(*tensors: Tensor | None) -> list[Any]:
     return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
 
 
+def dense_rows(*tensors: Tensor) -> list[Any]:
+    """Of each tensor its first row ``[1, 1, ...]``, which has its address, and the strides of its first two axes.
+
+    For C++ that takes these, as a slice of a buffer that grows or of a projection's output has them: copied is only
+    what is not dense within a row.
+    """
+    found = []
+    for x in tensors:
+        if not x[:1, :1].is_contiguous():
+            x = x.contiguous()
+        found += [x[:1, :1], *x.stride()[:2]]
+    return found
+
+
 _PREFER_LARGE_PAGES = Function("native_prefer_large_pages")
 LARGE = 1 << 22
 

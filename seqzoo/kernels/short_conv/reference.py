@@ -20,7 +20,8 @@ def short_conv(x, weight, bias, state, starts, activation):
         outputs.append(y if bias is None else y + bias)
         window = window[:, 1:]
     y = torch.stack(outputs, 1)
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype), window
+    # The state is a copy, for the oldest token would stay in memory behind a view.
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype), window.clone()
 
 
 VARIANTS = {"no activation": {}, "silu": {"activation": "silu"}, "no bias": {"bias": False}}
