@@ -15,8 +15,8 @@
         device="CPU",
     )
 
-Schemas take Tensor, Tensor?, int, float, bool and str. An operator returns tensors only; where their number varies, one
-list of them (Tensor[]), whose gradients `backward` gets as a list. No implementation may change its inputs.
+Schemas take Tensor, Tensor?, int, int[], float, bool and str. An operator returns tensors only; where their number
+varies, one list of them (Tensor[]), whose gradients `backward` gets as a list. No implementation may change its inputs.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def differentiable(operator: Any, gradient: str, backward: Callable[..., Any], *
     a_list = str(schema.returns[0].type) == "List[Tensor]"
     several = a_list or len(results) > 1
     kinds = {x.name: "Tensor?" if "Optional" in str(x.type) else str(x.type) for x in schema.arguments + schema.returns}
+    kinds = {name: "int[]" if kind == "List[int]" else kind for name, kind in kinds.items()}
     taken, like = (side.split(", ") for side in gradient.split(" -> "))
     # By their places among results, or among inputs and results together.
     of_results = [results.index(x.rstrip("?").removesuffix("_grad")) for x in taken if x not in kinds]

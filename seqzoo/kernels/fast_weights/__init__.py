@@ -22,10 +22,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, dispatch, explained
-from seqzoo.kernels.fast_weights import chunked, reference
+from seqzoo.kernels.fast_weights import chunked, native, reference
 from seqzoo.kernels.fast_weights.reference import GELUS, FastWeightsState, Gelu
 
-IMPLEMENTATIONS = {"reference": reference.fast_weights, "chunked": chunked.fast_weights}
+IMPLEMENTATIONS = {
+    "reference": reference.fast_weights,
+    "chunked": chunked.fast_weights,
+    "native": native.fast_weights,
+}
 explain = explained("fast_weights", IMPLEMENTATIONS)
 
 
