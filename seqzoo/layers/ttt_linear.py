@@ -6,18 +6,10 @@ backbone (`ShortConv` as a sublayer before it mixes neighbours).
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
-
-from seqzoo.kernels.fast_weights import FastWeightsState
-from seqzoo.mixer import Mixer
-from seqzoo.parts.norm import GroupLayerNorm
-from seqzoo.parts.ttt import SelfTrainedHeads
+from seqzoo.parts.ttt import SelfTrainedHeads, SelfTrainedMixer
 
 
-class TTTLinear(Mixer):
+class TTTLinear(SelfTrainedMixer):
     """Linear-time memory that learns each token: a step of gradient descent on telling its value from its key.
 
         q, k = rotate(W x),  v = W x,  rate = learning_rate / head * sigmoid(W x + b),  per head
@@ -41,7 +33,6 @@ class TTTLinear(Mixer):
     """
 
     state_formula = "2·heads·(head_dim² + head_dim) + 1"
-    operators = ("fast_weights",)
     no_weight_decay = frozenset({"heads.biases.0", "heads.norm_weight", "heads.norm_bias"})
 
     def __init__(
@@ -57,8 +48,7 @@ class TTTLinear(Mixer):
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.heads = SelfTrainedHeads(
+        heads = SelfTrainedHeads(
             dim,
             num_heads=num_heads,
             head_dim=head_dim,
@@ -69,22 +59,4 @@ class TTTLinear(Mixer):
             norm_eps=norm_eps,
             backend=backend,
         )
-        width = self.heads.width
-        self.norm = GroupLayerNorm(width, eps=norm_eps, bias=True, backend=backend)
-        self.gate = nn.Linear(dim, width, bias=False) if use_gate else None
-        self.out = nn.Linear(width, dim, bias=False)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch time dim"],
-        state: FastWeightsState | None = None,
-        starts: Bool[Tensor, "batch time"] | None = None,
-    ) -> tuple[Float[Tensor, "batch time dim"], FastWeightsState]:
-        y, last = self.heads(x, state, starts)
-        y = self.norm(y)
-        if self.gate is not None:
-            y = F.gelu(self.gate(x), approximate="tanh") * y
-        return self.out(y), last
-
-    def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
-        return self.heads.state_bytes(dtype)
+        super().__init__(dim, heads, use_gate=use_gate, norm_eps=norm_eps, backend=backend)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.fast_weights import FastWeightsState, fast_weights
-from seqzoo.mixer import positions_from_starts
+from seqzoo.mixer import Mixer, positions_from_starts
+from seqzoo.parts.norm import GroupLayerNorm
 from seqzoo.parts.rotary import Rotary
 
 WEIGHT_STD = 0.02
@@ -125,3 +127,39 @@ class SelfTrainedHeads(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         numbers = sum(parameter.numel() for parameter in (*self.weights, *self.biases))
         return 2 * numbers * wide.itemsize + torch.int64.itemsize
+
+
+class SelfTrainedMixer(Mixer):
+    """Such heads, a norm, an optional gate and a projection: the whole of a layer of the authors' Transformer backbone.
+
+    Args:
+        dim: width of the input and output.
+        heads: what remembers.
+        use_gate: whether the normalised output is multiplied by ``gelu(W x)``.
+        norm_eps: added to the variance in the norm.
+        backend: the norm's.
+    """
+
+    operators = ("fast_weights",)
+
+    def __init__(self, dim: int, heads: SelfTrainedHeads, *, use_gate: bool, norm_eps: float, backend: str) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = GroupLayerNorm(heads.width, eps=norm_eps, bias=True, backend=backend)
+        self.gate = nn.Linear(dim, heads.width, bias=False) if use_gate else None
+        self.out = nn.Linear(heads.width, dim, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time dim"],
+        state: FastWeightsState | None = None,
+        starts: Bool[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time dim"], FastWeightsState]:
+        y, last = self.heads(x, state, starts)
+        y = self.norm(y)
+        if self.gate is not None:
+            y = F.gelu(self.gate(x), approximate="tanh") * y
+        return self.out(y), last
+
+    def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
+        return self.heads.state_bytes(dtype)
