@@ -42,10 +42,13 @@ BLOCKS = {
     "documents with sinks": ((100, 100, 2, 1), ("first",), {"window": 9, "sinks": 3}),
     "far sinks": ((90, 140, 1, 1), ("sink",), {"window": 20, "sinks": 40}),
     "forgetting": ((70, 100, 2, 1), ("log_forget",), {"scale": 0.7}),
+    "documents behind a prefix": ((80, 120, 2, 1), ("first", "sink"), {"window": 9, "prefix": 40}),
+    "all behind a prefix": ((40, 90, 1, 1), (), {"prefix": 3}),
+    "sinks behind a prefix": ((90, 160, 1, 1), (), {"window": 20, "sinks": 35, "prefix": 20}),
 }
 
 
-def example(sizes, extras, dtype=torch.float64, seed=0, key=10, value=7):
+def example(sizes, extras, dtype=torch.float64, seed=0, key=10, value=7, prefix=0):
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -61,7 +64,7 @@ def example(sizes, extras, dtype=torch.float64, seed=0, key=10, value=7):
     if "first" in extras:
         begins = torch.rand(2, slots, generator=random) < 0.03
         last = torch.where(begins, torch.arange(slots), 0).cummax(1).values
-        inputs["first"] = last[:, slots - time :]
+        inputs["first"] = last[:, slots - time :].clamp(min=prefix)
     return inputs
 
 
@@ -80,7 +83,9 @@ def assert_same(ours, truth, **tolerance):
         )
 
 
-def written_out(q, k, v, log_forget=None, sink=None, first=None, *, window=None, sinks=0, soft_cap=None, scale=None):
+def written_out(
+    q, k, v, log_forget=None, sink=None, first=None, *, window=None, sinks=0, prefix=0, soft_cap=None, scale=None
+):
     """The equation pair by pair, in Python numbers where that is possible."""
     batch, time, heads, key = q.shape
     slots, shared = k.shape[1], heads // k.shape[2]
@@ -88,8 +93,9 @@ def written_out(q, k, v, log_forget=None, sink=None, first=None, *, window=None,
     rows = []
     for b in range(batch):
         for t in range(time):
-            own, since = slots - time + t, 0 if first is None else int(first[b, t])
+            own, since = slots - time + t, prefix if first is None else int(first[b, t])
             seen = [j for j in range(since, own + 1) if window is None or own - j < window or j - since < sinks]
+            seen = [*range(prefix), *seen]
             for h in range(heads):
                 logits = torch.stack([scale * (q[b, t, h] * k[b, j, h // shared]).sum() for j in seen])
                 if soft_cap is not None:
@@ -112,6 +118,33 @@ def test_the_reference_is_the_equation(settings, extras):
     )
 
 
+PREFIXES = {"all": {}, "window": {"window": 5}, "wide window": {"window": 150}, "cap": {"soft_cap": 2.0}}
+PREFIXES |= {"sinks": {"window": 4, "sinks": 3}}
+prefixes = pytest.mark.parametrize("settings", PREFIXES.values(), ids=PREFIXES)
+behind = pytest.mark.parametrize("extras", [(), ("first",), ("first", "sink")], ids=str)
+
+
+@prefixes
+@behind
+def test_the_reference_is_the_equation_with_a_prefix(settings, extras):
+    inputs, settings = example((6, 14, 4, 2), extras, prefix=3), settings | {"prefix": 3}
+    torch.testing.assert_close(
+        attention(**inputs, **settings, backend="reference"), written_out(**inputs, **settings), **EXACT
+    )
+
+
+@pytest.mark.parametrize("sizes", [(1, 200, 4, 2), (70, 220, 2, 2), (200, 205, 6, 2)], ids=str)
+@prefixes
+@behind
+@interpreted_by_default()
+@others
+def test_equals_the_reference_with_a_prefix(backend, sizes, settings, extras):
+    for prefix in (5, min(150, sizes[1] - sizes[0])):
+        inputs = example(sizes, extras, prefix=prefix)
+        truth = differentiate(inputs, settings | {"prefix": prefix}, "reference")
+        assert_same(differentiate(inputs, settings | {"prefix": prefix}, backend), truth)
+
+
 @sizes
 @settings
 @extras
@@ -125,7 +158,7 @@ def test_equals_the_reference(backend, sizes, settings, extras):
 
 @pytest.mark.parametrize(("sizes", "extras", "settings"), BLOCKS.values(), ids=BLOCKS)
 def test_blocks_of_the_gpus_kernels(sizes, extras, settings):
-    inputs = example(sizes, extras)
+    inputs = example(sizes, extras, prefix=settings.get("prefix", 0))
     truth = differentiate(inputs, settings, "reference")
     assert_same(differentiate(inputs, settings, "triton"), truth)
 
@@ -146,6 +179,12 @@ def test_pytorchs_kernels_are_the_equation(sizes):
     inputs = example(sizes, (), dtype=torch.float32)
     truth = differentiate(inputs, {"scale": 0.3}, "reference")
     assert_same(differentiate(inputs, {"scale": 0.3}, "sdpa"), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_pytorchs_kernels_see_a_prefix_of_one_token():
+    inputs, settings = example((1, 40, 6, 2), ("first",), torch.float32, prefix=3), {"window": 9, "prefix": 3}
+    truth = differentiate(inputs, settings, "reference")
+    assert_same(differentiate(inputs, settings, "sdpa"), truth, rtol=1e-4, atol=1e-5)
 
 
 @settings
@@ -278,8 +317,8 @@ def test_is_an_operator_of_torch(backend, sizes):
     decay = torch.randn(2, sizes[2], sizes[1], dtype=torch.float64).requires_grad_()
     given = [inputs["q"], inputs["k"], inputs["v"], decay, inputs["sink"], inputs["first"], None]
     operator = getattr(torch.ops.seqzoo, f"attention_{backend}").default
-    torch.library.opcheck(operator, (*given, 6, 1, 2.0, 0.3))
-    torch.library.opcheck(operator, (*given[:3], None, None, None, None, 0, 0, 0.0, 0.3))
+    torch.library.opcheck(operator, (*given, 6, 1, 0, 2.0, 0.3))
+    torch.library.opcheck(operator, (*given[:3], None, None, None, None, 0, 0, 0, 0.0, 0.3))
 
 
 def test_explains_what_auto_runs():
@@ -307,6 +346,8 @@ def bad(**changes):
         (bad(), {"window": 0}, "window=0; a token sees at least itself"),
         (bad(), {"sinks": 2}, "sinks=2 with window=None"),
         (bad(), {"soft_cap": 0.0}, "soft_cap=0.0; expected a number above 0"),
+        (bad(log_forget=lambda x: None), {"prefix": 3}, "prefix=3 with 2 slots in front of the tokens'"),
+        (bad(), {"prefix": 1}, "prefix=1 .*log_forget given; expected 0 to 2, and 0 where something is forgotten"),
         (bad(), {"prune": 1.5}, "prune=1.5; expected a number between 0 and 1"),
         (bad(), {"backend": "sdpa"}, "backend='sdpa' cannot run attention: PyTorch has no forgetting"),
         (

@@ -45,7 +45,7 @@ class TitansMAL(Mixer):
         conv_size: taps of the short convolution in front of the memory; None for none.
         rope_base: the base of the attention's rotary frequencies, above 1; None for no positions.
         norm_eps: added to the variance or the mean square in the norms.
-        backend: the memory's and its convolution's: ``auto``, or an implementation that both have (see
+        backend: the attention's, the memory's and its convolution's: ``auto``, or an implementation that all have (see
             ``seqzoo layers``).
 
     Raises:
@@ -53,7 +53,7 @@ class TitansMAL(Mixer):
     """
 
     state_formula = "3·heads·head_dim²·(2·expand + (depth-2)·expand²) + (3·(conv_size-1) + 2·window)·dim + 2, depth > 1"
-    operators = ("fast_weights", "short_conv")
+    operators = ("attention", "fast_weights", "short_conv")
     no_weight_decay = frozenset({"memory.norm_weight", "memory.norm_bias", "attention.persistent"})
 
     def __init__(
@@ -74,7 +74,7 @@ class TitansMAL(Mixer):
     ) -> None:
         super().__init__()
         self.attention = PersistentWindow(
-            dim, num_heads=num_heads, window=window, persistent=persistent, rope_base=rope_base
+            dim, num_heads=num_heads, window=window, persistent=persistent, rope_base=rope_base, backend=backend
         )
         self.memory = MemoryHeads(
             dim,

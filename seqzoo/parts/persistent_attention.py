@@ -12,13 +12,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from seqzoo.kernels.attention import attention
 from seqzoo.mixer import positions_from_starts
-from seqzoo.parts.key_value_memory import KeyValueRing, first_slots, held_positions
+from seqzoo.parts.key_value_memory import KeyValueRing, first_slots
 from seqzoo.parts.rotary import Rotary
 
 PERSISTENT_STD = 0.02
-# Queries that look together within a window that is smaller: more are more work, fewer are smaller products.
-SMALLEST_BLOCK = 64
 
 
 class PersistentAttention(nn.Module):
@@ -78,11 +77,17 @@ class PersistentAttention(nn.Module):
         visible: Bool[Tensor, "rows time slot"],
     ) -> Float[Tensor, "rows time dim"]:
         """What queries find among persistent tokens and the slots that are ``visible`` to them."""
-        always = rearrange(self.key_value(self.persistent), "p (two h d) -> two 1 p h d", two=2, h=self.num_heads)
-        k, v = (torch.cat([z.expand(len(q), -1, -1, -1), w], 1) for z, w in zip(always, (k, v), strict=True))
         visible = F.pad(visible, (len(self.persistent), 0), value=True)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        q, k, v = (z.transpose(1, 2) for z in (q, *self.behind_persistent(k, v)))
         return rearrange(F.scaled_dot_product_attention(q, k, v, visible[:, None]), "b h t d -> b t (h d)")
+
+    def behind_persistent(
+        self, k: Float[Tensor, "rows slot head key"], v: Float[Tensor, "rows slot head key"]
+    ) -> tuple[Float[Tensor, "rows slots head key"], Float[Tensor, "rows slots head key"]]:
+        """Keys and values with those of the persistent tokens in front."""
+        always = rearrange(self.key_value(self.persistent), "p (two h d) -> two 1 p h d", two=2, h=self.num_heads)
+        k, v = (torch.cat([z.expand(len(k), -1, -1, -1), w], 1) for z, w in zip(always, (k, v), strict=True))
+        return k, v
 
     def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary.turn(x, positions)
@@ -97,16 +102,19 @@ class PersistentWindow(PersistentAttention):
         window: tokens that are visible beside the persistent ones.
         persistent: number of persistent tokens.
         rope_base: the base of the rotary frequencies; None for no positions.
+        backend: ``auto``, or an implementation of ``attention``.
 
     Raises:
         ValueError: heads do not fit, or a size is below 1.
     """
 
-    def __init__(self, dim: int, *, num_heads: int, window: int, persistent: int, rope_base: float | None) -> None:
+    def __init__(
+        self, dim: int, *, num_heads: int, window: int, persistent: int, rope_base: float | None, backend: str
+    ) -> None:
         if window < 1:
             raise ValueError(f"window={window}: a token sees at least itself; use 1 or more")
         super().__init__(dim, num_heads=num_heads, persistent=persistent, rope_base=rope_base)
-        self.window = window
+        self.window, self.backend = window, backend
 
     def forward(
         self,
@@ -119,29 +127,19 @@ class PersistentWindow(PersistentAttention):
         q, (k, v), position = self.queries(x, positions), self.keys_and_values(x, positions), positions[:, -1] + 1
         if state is not None and time == 1 and starts is None:
             ring = state.step(k, v, position, self.window, 0)
-            visible = held_positions(position, self.window, 0)[:, None] >= 0
-            return self.look(q, ring.keys, ring.values, visible), ring
+            return self._attend(q, ring.keys, ring.values, ring.empty()[:, None], None), ring
         ring = KeyValueRing.after(state, k, v, position, self.window, 0)
         if state is None:
             first = first_slots(positions, time)
         else:
             k, v, first = state.before(k, v, positions, self.window, 0)
-        return self._look_back(q, k, v, first), ring
+        return self._attend(q, k, v, first, self.window), ring
 
-    def _look_back(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> Tensor:
-        """Blocks of queries, the last slots', each against the slots that one of its tokens may see."""
-        batch, time, slots = *q.shape[:2], k.shape[1]
-        size = min(time, max(self.window, SMALLEST_BLOCK))
-        rest, front = -time % size, self.window - 1 - (slots - time)
-        q, first = F.pad(q, (0, 0, 0, 0, 0, rest)), F.pad(first, (0, rest)) + front
-        k, v = (F.pad(z, (0, 0, 0, 0, front, rest)).unfold(1, size + self.window - 1, size) for z in (k, v))
-        k, v = (rearrange(z, "b n h d s -> (b n) s h d") for z in (k, v))
-        begin = torch.arange(0, time + rest, size, device=q.device)[:, None]
-        since = first.unflatten(1, (-1, size)) - begin
-        place, slot = torch.arange(size, device=q.device)[:, None], torch.arange(k.shape[1], device=q.device)
-        visible = (slot >= place) & (slot < place + self.window) & (slot >= since[..., None])
-        y = self.look(rearrange(q, "b (n t) h d -> (b n) t h d", t=size), k, v, visible.flatten(0, 1))
-        return y.unflatten(0, (batch, -1)).flatten(1, 2)[:, :time]
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, window: int | None) -> Tensor:
+        """What tokens find among persistent tokens and their documents' last ``window`` ones."""
+        k, v = (z.to(q.dtype) for z in self.behind_persistent(k, v))
+        prefix = len(self.persistent)
+        return attention(q, k, v, first=first + prefix, window=window, prefix=prefix, backend=self.backend).flatten(2)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one sequence's keys, values and position."""

@@ -143,8 +143,9 @@ def find(mixer, q, k, v, visible):
 
 
 @pytest.mark.parametrize("window", [1, 5, 30, 70, 150])
-def test_a_window_beside_persistent_tokens_written_out(window):
-    part = PersistentWindow(32, num_heads=HEADS, window=window, persistent=3, rope_base=None).double()
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked", "native"])
+def test_a_window_beside_persistent_tokens_written_out(window, backend):
+    part = PersistentWindow(32, num_heads=HEADS, window=window, persistent=3, rope_base=None, backend=backend).double()
     nn.init.normal_(part.persistent)
     x, back = torch.randn(2, 141, 32).double(), torch.arange(141)[:, None] - torch.arange(141)
     q, k, v = part.query(x), *part.key_value(x).chunk(2, -1)

@@ -1,8 +1,8 @@
-"""Softmax attention over what came before: all of it or a window, with sinks, with forgetting.
+"""Softmax attention over what came before: all of it or a window, with sinks, a prefix, with forgetting.
 
     l_ij = cap(scale q_i . k_j) + sum_{j < n <= i} log_forget_n,    cap(x) = soft_cap tanh(x / soft_cap)
     o_i  = sum_j exp(l_ij) v_j / (exp(sink) + sum_j exp(l_ij)),    first_i <= j <= i,
-           where i - j < window or j - first_i < sinks
+           where i - j < window or j - first_i < sinks; and all j < prefix
 
 The last keys are those of the tokens themselves, in order; what stands in front of them was read before. No state is
 carried: the layers keep keys and values, and so it has no place in ``OPERATORS``.
@@ -52,6 +52,7 @@ def attention(
     *,
     window: int | None = None,
     sinks: int = 0,
+    prefix: int = 0,
     soft_cap: float | None = None,
     scale: float | None = None,
     prune: float | None = None,
@@ -66,9 +67,10 @@ def attention(
         log_forget: logarithm of what each slot leaves of all before it, at most 0 and finite, float32 or better.
         sink: logit of an empty value that every query sees.
         first: the slot where each token's document begins, at most its own, which never falls from token to token; None
-            for 0.
+            for ``prefix``.
         window: slots that are visible, the own one included; None for all.
         sinks: first slots of the document that stay visible beyond the window.
+        prefix: slots in front of all documents, that every token sees whatever is hidden, and that are not forgotten.
         soft_cap: logits stay between minus and plus this; above 0.
         scale: of the logits; None for ``key ** -0.5``.
         prune: pairs may be passed over as long as those of a token weigh less than this together (adaptive computation
@@ -82,12 +84,18 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or settings do not fit together, or ``backend`` cannot serve.
     """
-    _check(q, k, v, log_forget, sink, first)
+    _check(q, k, v, log_forget, sink, first, prefix)
     if window is not None and window < 1:
         raise ValueError(f"attention: window={window}; a token sees at least itself: use 1 or more, or None for all")
     if sinks < 0 or (sinks and window is None):
         raise ValueError(
             f"attention: sinks={sinks} with window={window}; they are 0 or more, and only a window has any"
+        )
+    outside = k.shape[1] - q.shape[1]
+    if not 0 <= prefix <= outside or (prefix and log_forget is not None):
+        raise ValueError(
+            f"attention: prefix={prefix} with {outside} slots in front of the tokens', log_forget "
+            f"{'None' if log_forget is None else 'given'}; expected 0 to {outside}, and 0 where something is forgotten"
         )
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"attention: soft_cap={soft_cap}; expected a number above 0, or None")
@@ -116,7 +124,7 @@ def attention(
     with torch.autocast(q.device.type, enabled=False):
         decay = None if log_forget is None else _running_sum(log_forget)
         cutoff = None if prune is None else _cutoff(q, k, scale, soft_cap, prune)
-        return run(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale)
+        return run(q, k, v, decay, sink, first, cutoff, window, sinks, prefix, soft_cap, scale)
 
 
 def _running_sum(log_forget: Tensor) -> Tensor:
@@ -140,7 +148,7 @@ def _cutoff(q: Tensor, k: Tensor, scale: float, soft_cap: float | None, prune: f
     return -2 * bound - torch.log(bound.new_tensor(k.shape[1])) + torch.log(bound.new_tensor(prune))
 
 
-def _check(q, k, v, log_forget, sink, first) -> None:
+def _check(q, k, v, log_forget, sink, first, prefix) -> None:
     check_attention("attention", q, k, v)
     (batch, time, heads, _), slots = q.shape, k.shape[1]
     check_shape("attention", "log_forget", log_forget, (batch, slots, heads))
@@ -153,5 +161,5 @@ def _check(q, k, v, log_forget, sink, first) -> None:
         late = (first - torch.arange(slots - time, slots, device=q.device)).max().item()
         if late > 0:
             raise ValueError(f"attention: first is up to {late} slots after a token's own; expected that or one before")
-        if first.min() < 0 or (first.diff(dim=1) < 0).any():
-            raise ValueError("attention: first is below 0 or falls; expected slots that never fall from token to token")
+        if first.min() < prefix or (first.diff(dim=1) < 0).any():
+            raise ValueError(f"attention: first is below {prefix} or falls; expected more, never less than before")

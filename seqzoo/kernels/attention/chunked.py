@@ -20,8 +20,8 @@ from seqzoo.kernels.backends import accumulation_dtype
 ROOM = 1 << 24
 
 
-def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale):
-    return _Attention.apply(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale)
+def attention(q, k, v, decay, sink, first, cutoff, window, sinks, prefix, soft_cap, scale):
+    return _Attention.apply(q, k, v, decay, sink, first, cutoff, window, sinks, prefix, soft_cap, scale)
 
 
 class _Attention(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _Attention(torch.autograd.Function):
         dq, ddecay, dsink = torch.empty_like(q), *(None if x is None else torch.zeros_like(x) for x in (decay, sink))
         for block in _blocks(inputs, ctx.settings):
             block.differentiate(do, sums, dq, dk, dv, ddecay, dsink)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), ddecay, dsink, *[None] * 6
+        return dq, dk.to(k.dtype), dv.to(v.dtype), ddecay, dsink, *[None] * 7
 
 
 class _Block:
@@ -54,7 +54,7 @@ class _Block:
 
     def __init__(self, inputs, settings, start, stop, spans) -> None:
         self.q, self.k, self.v, self.decay, self.sink, self.first, self.cutoff = inputs
-        self.window, self.sinks, self.soft_cap, self.scale = settings
+        self.window, self.sinks, self.prefix, self.soft_cap, self.scale = settings
         self.start, self.stop, self.spans = start, stop, spans
         self.wide = accumulation_dtype(self.v)
 
@@ -84,10 +84,8 @@ class _Block:
         time, slots = self.q.shape[1], self.k.shape[1]
         first = None if self.first is None else self.first[:, self.start : self.stop]
         own = slots - time + self.stop
-        seen = [
-            visible(first, self.stop - self.start, own, self.window, self.sinks, q.device, begin, end)
-            for begin, end in self.spans
-        ]
+        hiding = self.window, self.sinks, self.prefix, q.device
+        seen = [visible(first, self.stop - self.start, own, *hiding, begin, end) for begin, end in self.spans]
         seen = (seen[0] if len(seen) == 1 else torch.cat(seen, -1))[:, None]
         if self.decay is not None:
             mine = self.decay[..., slots - time + self.start : own, None]
@@ -137,13 +135,13 @@ class _Block:
 
 
 def _blocks(inputs, settings) -> Iterator[_Block]:
-    q, k, first, (window, sinks) = inputs[0], inputs[1], inputs[5], settings[:2]
+    q, k, first, (window, sinks, prefix) = inputs[0], inputs[1], inputs[5], settings[:3]
     batch, time, heads = q.shape[:3]
     slots = k.shape[1]
     # A window makes blocks as wide as itself: half of what they look at is seen. Sinks stand at the beginnings of
     # documents, which only the data knows.
     everywhere = window is None or (sinks > 0 and first is not None)
-    width = slots if window is None or everywhere else min(slots, 2 * window + sinks)
+    width = slots if window is None or everywhere else min(slots, 2 * window + sinks + prefix)
     size = max(1, ROOM // max(1, batch * heads * width))
     size = min(size, time, 512 if window is None else max(window, 64))
     for start in range(0, time, size):
@@ -152,6 +150,6 @@ def _blocks(inputs, settings) -> Iterator[_Block]:
         spans = [(begin, end)]
         if window is not None:
             near = max(0, slots - time + start - window + 1)
-            far = near if everywhere else min(sinks, near)
+            far = near if everywhere else min(prefix + sinks, near)
             spans = [(0, far), (near, end)] if 0 < far < near else [(0 if far else near, end)]
         yield _Block(inputs, settings, start, stop, spans)

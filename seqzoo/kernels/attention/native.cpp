@@ -39,7 +39,7 @@ struct Problem {
     const int64_t* first;   // [batch][token] or null
     const double* cutoff;   // [batch][head] or null
     int64_t batch, time, slots, heads, groups, key, value;
-    int64_t window, sinks;
+    int64_t window, sinks, prefix;
     Wide<T> soft_cap, scale;  // a cap of 0 is none
 
     int64_t shared() const { return heads / groups; }
@@ -55,7 +55,7 @@ struct Group {
     int64_t b, g;
 
     Matrix<const T> rows_of(const Rows<T>& x, int64_t slot) const { return {x.at(b, slot, g), x.step}; }
-    int64_t first(int64_t t) const { return p.first ? p.first[b * p.time + t] : 0; }
+    int64_t first(int64_t t) const { return p.first ? p.first[b * p.time + t] : p.prefix; }
     const double* decay(int64_t r) const { return p.decay + (b * p.heads + g * p.shared() + r) * p.slots; }
 
     // The rows of tokens [t0, t1), heads of one token together.
@@ -81,10 +81,10 @@ struct Group {
     }
 };
 
-// Which slots of a tile one token sees: [begin, end), and the sinks [0, sinks_end) that stand before begin.
+// Which slots of a tile one token sees: [begin, end), the sinks that stand before, and the prefix before these.
 struct Seen {
-    int64_t sinks_begin, sinks_end, begin, end;
-    bool nothing() const { return begin >= end && sinks_begin >= sinks_end; }
+    int64_t prefix_end, sinks_begin, sinks_end, begin, end;
+    bool nothing() const { return prefix_end <= 0 && sinks_begin >= sinks_end && begin >= end; }
 };
 
 template <class T>
@@ -92,7 +92,7 @@ Seen seen(const Group<T>& group, int64_t t, int64_t j0, int64_t j1) {
     const auto& p = group.p;
     const int64_t own = p.own(t), first = group.first(t), near = std::max(first, own - p.window + 1);
     auto inside = [&](int64_t slot) { return std::clamp(slot, j0, j1) - j0; };
-    return {inside(first), inside(std::min(first + p.sinks, near)), inside(near), inside(own + 1)};
+    return {inside(p.prefix), inside(first), inside(std::min(first + p.sinks, near)), inside(near), inside(own + 1)};
 }
 
 // Whether any token of [t0, t1) sees a slot of [j0, j1).
@@ -104,7 +104,7 @@ bool any_seen(const Group<T>& group, int64_t t0, int64_t t1, int64_t j0, int64_t
     if (p.first) {
         for (int64_t t = t0; t < t1 && !found; t++) found = !seen(group, t, j0, j1).nothing();
     } else {
-        found = j1 > p.own(t0) - p.window + 1 || j0 < p.sinks;
+        found = j1 > p.own(t0) - p.window + 1 || j0 < p.prefix + p.sinks;
     }
     if (!found || !p.cutoff) return found;
     // What is forgotten only grows with the distance: the nearest pair decides.
@@ -154,13 +154,10 @@ void finish_logits(const Group<T>& group, int64_t t0, int64_t t1, int64_t j0, in
                     });
                 }
             }
-            if (s.sinks_begin < s.sinks_end) {
-                std::fill(row, row + s.sinks_begin, nothing);
-                std::fill(row + s.sinks_end, row + std::max(s.sinks_end, s.begin), nothing);
-            } else {
-                std::fill(row, row + std::min(s.begin, count), nothing);
-            }
-            std::fill(row + std::max(s.begin, s.end), row + count, nothing);
+            auto hide = [&](int64_t from, int64_t to) { std::fill(row + from, row + std::max(from, to), nothing); };
+            hide(s.prefix_end, s.sinks_begin);
+            hide(s.sinks_end, s.begin);
+            hide(std::max(s.begin, s.end), count);
         }
     }
 }
@@ -405,7 +402,7 @@ template <class T>
 Problem<T> make(const void* q, int64_t q_batch, int64_t q_token, const void* k, int64_t k_batch, int64_t k_slot,
                 const void* v, int64_t v_batch, int64_t v_slot, const void* decay, const void* sink, const void* first,
                 const void* cutoff, int64_t batch, int64_t time, int64_t slots, int64_t heads, int64_t groups,
-                int64_t key, int64_t value, int64_t window, int64_t sinks, double soft_cap, double scale) {
+                int64_t key, int64_t value, int64_t window, int64_t sinks, int64_t prefix, double soft_cap, double scale) {
     return {{static_cast<const T*>(q), q_batch, q_token, key},
             {static_cast<const T*>(k), k_batch, k_slot, key},
             {static_cast<const T*>(v), v_batch, v_slot, value},
@@ -422,6 +419,7 @@ Problem<T> make(const void* q, int64_t q_batch, int64_t q_token, const void* k, 
             value,
             window ? window : slots,
             sinks,
+            prefix,
             Wide<T>(soft_cap),
             Wide<T>(scale)};
 }
@@ -434,11 +432,12 @@ SEQZOO_EXPORT void attention_forward(int64_t dtype, int64_t threads, const void*
                                      int64_t v_slot, const void* decay, const void* sink, const void* first,
                                      const void* cutoff, void* o, void* sums, int64_t batch, int64_t time,
                                      int64_t slots, int64_t heads, int64_t groups, int64_t key, int64_t value,
-                                     int64_t window, int64_t sinks, double soft_cap, double scale) {
+                                     int64_t window, int64_t sinks, int64_t prefix, double soft_cap, double scale) {
     with_dtype(int(dtype), [&](auto kind) {
         using T = decltype(kind);
         auto p = make<T>(q, q_batch, q_token, k, k_batch, k_slot, v, v_batch, v_slot, decay, sink, first, cutoff,
-                         batch, time, slots, heads, groups, key, value, window, sinks, soft_cap, scale);
+                         batch, time, slots, heads, groups, key, value, window, sinks, prefix, soft_cap,
+                         scale);
         forward<T>(p, static_cast<T*>(o), static_cast<Wide<T>*>(sums), threads);
     });
 }
@@ -450,11 +449,12 @@ SEQZOO_EXPORT void attention_backward(int64_t dtype, int64_t threads, const void
                                       const void* cutoff, const void* o, const void* sums, const void* d_o, void* dq,
                                       void* dk, void* dv, void* ddecay, void* dsink, int64_t batch, int64_t time,
                                       int64_t slots, int64_t heads, int64_t groups, int64_t key, int64_t value,
-                                      int64_t window, int64_t sinks, double soft_cap, double scale) {
+                                      int64_t window, int64_t sinks, int64_t prefix, double soft_cap, double scale) {
     with_dtype(int(dtype), [&](auto kind) {
         using T = decltype(kind);
         auto p = make<T>(q, q_batch, q_token, k, k_batch, k_slot, v, v_batch, v_slot, decay, sink, first, cutoff,
-                         batch, time, slots, heads, groups, key, value, window, sinks, soft_cap, scale);
+                         batch, time, slots, heads, groups, key, value, window, sinks, prefix, soft_cap,
+                         scale);
         backward<T>(p, {static_cast<const T*>(o), static_cast<const T*>(d_o), static_cast<const Wide<T>*>(sums),
                         static_cast<T*>(dq), static_cast<T*>(dk), static_cast<T*>(dv), static_cast<double*>(ddecay),
                         static_cast<Wide<T>*>(dsink)},

@@ -12,12 +12,12 @@ _entry = Function("attention_forward")
 _backward_entry = Function("attention_backward")
 
 
-def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale):
+def attention(q, k, v, decay, sink, first, cutoff, window, sinks, prefix, soft_cap, scale):
     dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
     wide = accumulation_dtype(v)
     decay, cutoff = (x if x is None else x.double() for x in (decay, cutoff))
     sink = None if sink is None else sink.to(wide)
-    settings = window or 0, sinks, float(soft_cap or 0), float(scale)
+    settings = window or 0, sinks, prefix, float(soft_cap or 0), float(scale)
     o, _ = _FORWARD(q.to(dtype), k.to(dtype), v.to(dtype), decay, sink, first, cutoff, *settings)
     return o.to(v.dtype)
 
@@ -51,14 +51,15 @@ def _backward(do, *tensors_and_settings):
 
 _FORWARD = define(
     "attention_native(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? sink, Tensor? first, Tensor? cutoff,"
-    " int window, int sinks, float soft_cap, float scale) -> (Tensor o, Tensor sums)",
+    " int window, int sinks, int prefix, float soft_cap, float scale) -> (Tensor o, Tensor sums)",
     _forward,
     _results,
     device="CPU",
 )
 differentiable(
     _FORWARD,
-    "o_grad, q, k, v, decay, sink, first, cutoff, o, sums, window, sinks, soft_cap, scale -> q, k, v, decay, sink",
+    "o_grad, q, k, v, decay, sink, first, cutoff, o, sums, window, sinks, prefix, soft_cap, scale"
+    " -> q, k, v, decay, sink",
     _backward,
     device="CPU",
 )

@@ -14,12 +14,13 @@ from seqzoo.kernels.backends import accumulation_dtype
 VARIANTS = {
     "documents": {"documents": True},
     "window": {"window": 96, "sinks": 4, "documents": True},
+    "prefix": {"window": 96, "prefix": 4, "documents": True},
     "forgetting": {"forgets": True, "prune": 1e-6},
     "cap and sink": {"soft_cap": 20.0, "sink": True},
 }
 
 
-def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale):
+def attention(q, k, v, decay, sink, first, cutoff, window, sinks, prefix, soft_cap, scale):
     """``decay`` is the running sum ``[batch head slot]`` of logarithms of what is forgotten; ``cutoff`` is not used."""
     wide, groups = accumulation_dtype(v), k.shape[2]
     # Heads that share keys are h of a group g.
@@ -30,7 +31,7 @@ def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scal
     if decay is not None:
         own = decay[..., decay.shape[-1] - q.shape[1] :]
         logits = logits + (own[..., None] - decay[..., None, :]).to(wide)
-    seen = visible(first, q.shape[1], k.shape[1], window, sinks, q.device)
+    seen = visible(first, q.shape[1], k.shape[1], window, sinks, prefix, q.device)
     logits = logits.masked_fill(~seen[:, None], -torch.inf)
     if sink is not None:
         beside = sink.to(wide)[:, None, None].expand(*logits.shape[:-1], 1)
@@ -39,14 +40,16 @@ def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scal
     return torch.einsum("bghts,bsgv->btghv", weights, values).flatten(2, 3).to(v.dtype)
 
 
-def visible(first, time, slots, window, sinks, device, begin=0, end=None):
+def visible(first, time, slots, window, sinks, prefix, device, begin=0, end=None):
     """Which slots, from ``begin`` to before ``end``, each token sees: ``[batch or 1, time, slot]`` of bools."""
     slot = torch.arange(begin, slots if end is None else end, device=device)
     own = torch.arange(slots - time, slots, device=device)[:, None]
-    since = 0 if first is None else first[..., None]
+    since = prefix if first is None else first[..., None]
     seen = (slot <= own) & (slot >= since)
     if window is not None:
         seen = seen & ((own - slot < window) | (slot - since < sinks))
+    if prefix:
+        seen = seen | (slot < prefix)
     return seen if first is not None else seen[None]
 
 
@@ -61,17 +64,18 @@ def example(
     documents: bool = False,
     forgets: bool = False,
     sink: bool = False,
+    prefix: int = 0,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Random inputs in legal ranges, as keyword arguments of the operator, with ``before`` slots from earlier."""
+    """Random inputs in legal ranges, as keyword arguments of the operator, with a prefix and slots from ``before``."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
 
-    slots, wide = before + time, torch.promote_types(dtype, torch.float32)
+    slots, wide = prefix + before + time, torch.promote_types(dtype, torch.float32)
     inputs: dict[str, Any] = {"q": draw(batch, time, heads, key)}
     inputs |= {"k": draw(batch, slots, groups, key), "v": draw(batch, slots, groups, value)}
     if forgets:
@@ -80,5 +84,6 @@ def example(
         inputs["sink"] = draw(heads).to(wide)
     if documents:
         begins = torch.rand(batch, slots, generator=random) < 1 / 16
-        inputs["first"] = torch.where(begins, torch.arange(slots), 0).cummax(1).values[:, before:]
-    return inputs | settings
+        first = torch.where(begins, torch.arange(slots), 0).cummax(1).values[:, prefix + before :]
+        inputs["first"] = first.clamp(min=prefix)
+    return inputs | ({"prefix": prefix} if prefix else {}) | settings

@@ -22,11 +22,11 @@ def is_fused(q, v) -> bool:
     return q.device.type != "cpu" or q.shape[3] == v.shape[3]
 
 
-def attention(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale):
+def attention(q, k, v, decay, sink, first, cutoff, window, sinks, prefix, soft_cap, scale):
     time, slots, groups = q.shape[1], k.shape[1], k.shape[2]
     seen, causal, shared = None, False, False
     if first is not None or window is not None:
-        seen = visible(first, time, slots, window, sinks, q.device)[:, None]
+        seen = visible(first, time, slots, window, sinks, prefix, q.device)[:, None]
     elif time == slots:  # as branches, for where sizes are symbols a comparison is none of bool
         causal = True
     if q.shape[2] > groups:

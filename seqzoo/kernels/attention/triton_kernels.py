@@ -13,7 +13,8 @@ of the same numbers, computed alike in blocks of the same size. Differences of t
 bfloat16 they are rounded once they are those to the first query of a block.
 
 ``first`` never falls from token to token, since documents follow each other, and what is forgotten only grows with the
-distance: so what a block sees is a span of blocks, whose ends are found by bisection, and for sinks another in front.
+distance: so what a block sees is a span of blocks, whose ends are found by bisection, with another in front for sinks,
+and one for the prefix.
 """
 
 from __future__ import annotations
@@ -70,12 +71,14 @@ def _cap(logits, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
-def _queries(decay, first, start, row, before, SPAN: tl.constexpr):
+def _queries(decay, first, start, row, before, PREFIX: tl.constexpr, SPAN: tl.constexpr):
     """Of queries from token ``start`` on: their slots, where their documents begin, and their decay after ``base``."""
     own = before + start + row
     since = tl.zeros_like(row)
     if first is not None:
         since += tl.load(first + start + row).to(tl.int32)
+    else:
+        since += PREFIX
     base = 0
     mine = 0
     if decay is not None:
@@ -87,7 +90,8 @@ def _queries(decay, first, start, row, before, SPAN: tl.constexpr):
 @triton.jit
 def _finish(
     logits, own, since, base, mine, slot, decays,
-    ALONG: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFT_CAP: tl.constexpr, SPAN: tl.constexpr,
+    ALONG: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, PREFIX: tl.constexpr, SOFT_CAP: tl.constexpr,
+    SPAN: tl.constexpr,
 ):  # fmt: skip
     """Products, queries along the axis ``ALONG``, as logits, -inf where nothing is seen; and a cap's slope."""
     slope = logits
@@ -103,12 +107,14 @@ def _finish(
         if SINKS:
             near |= slot - since < SINKS
         seen &= near
+    if PREFIX:
+        seen |= slot < PREFIX
     return tl.where(seen, logits, NOTHING), slope
 
 
 @triton.jit
-def _begin_of(first, token):
-    begin = 0
+def _begin_of(first, token, PREFIX: tl.constexpr):
+    begin = PREFIX
     if first is not None:
         begin = tl.load(first + token).to(tl.int32)
     return begin
@@ -117,11 +123,14 @@ def _begin_of(first, token):
 @triton.jit
 def _slots_of_queries(
     decay, first, cutoff, start, time, slots,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, PREFIX: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of slots that the queries from token ``start`` on see: [near, end), and from ``far`` on so many sinks."""
+    """Blocks of slots that the queries from token ``start`` on see, as `_slot_of_step` needs them, and their number.
+
+    They are those of the prefix, so many of ``sinks`` from ``far`` on, and all from ``near`` on.
+    """
     own = slots - time + start
-    begin = _begin_of(first, start)
+    begin = _begin_of(first, start, PREFIX)
     near = begin
     if WINDOW:
         near = tl.maximum(begin, own - WINDOW + 1)
@@ -139,15 +148,34 @@ def _slots_of_queries(
                 low = middle + 1
         near = tl.maximum(near, low)
         far = tl.maximum(far, low)
+    lead = (PREFIX + SLOTS - 1) // SLOTS
+    if PREFIX:
+        near = tl.maximum(near, lead)
+        far = tl.maximum(far, lead)
     sinks = 0
     if SINKS:
         # Documents that begin later in the block have theirs near.
         sinks = tl.maximum(tl.minimum(tl.cdiv(begin + SINKS, SLOTS), near) - far, 0)
-    return far, sinks, near, tl.cdiv(slots - time + tl.minimum(start + TOKENS, time), SLOTS)
+    end = tl.cdiv(slots - time + tl.minimum(start + TOKENS, time), SLOTS)
+    return far, sinks, near, lead + sinks + end - near
 
 
 @triton.jit
-def _queries_of_slots(first, begin, last, time, slots, WINDOW: tl.constexpr, SINKS: tl.constexpr, TOKENS: tl.constexpr):
+def _slot_of_step(step, far, sinks, near, PREFIX: tl.constexpr, SLOTS: tl.constexpr):
+    """The first slot of the block that is looked at."""
+    if PREFIX:
+        after = step - (PREFIX + SLOTS - 1) // SLOTS
+        block = tl.where(after < 0, step, tl.where(after < sinks, far + after, near + after - sinks))
+    else:
+        block = tl.where(step < sinks, far + step, near + step - sinks)
+    return block * SLOTS
+
+
+@triton.jit
+def _queries_of_slots(
+    first, begin, last, time, slots,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, PREFIX: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """Blocks of queries that see any of the slots from ``begin`` to ``last``, but for what is forgotten."""
     before = slots - time
     end = time
@@ -164,8 +192,10 @@ def _queries_of_slots(first, begin, last, time, slots, WINDOW: tl.constexpr, SIN
         near = tl.minimum(end, last + WINDOW - before)
         if SINKS:
             # Among the documents that begin up to here, only the last can have its sinks in the block and yet go on.
-            near = tl.where(_begin_of(first, tl.maximum(end - 1, 0)) + SINKS > begin, end, near)
+            near = tl.where(_begin_of(first, tl.maximum(end - 1, 0), PREFIX) + SINKS > begin, end, near)
         end = near
+    if PREFIX:
+        end = tl.where(begin < PREFIX, time, end)
     return tl.maximum(begin - before, 0) // TOKENS, tl.cdiv(end, TOKENS)
 
 
@@ -182,7 +212,7 @@ def _place(lanes, TILES_LAST_FIRST: tl.constexpr):
 def _forward(
     q, k, v, decay, sink, first, cutoff, o, sums, batches, time, slots, q_strides, k_strides, v_strides,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFT_CAP: tl.constexpr, SCALE: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, PREFIX: tl.constexpr, SOFT_CAP: tl.constexpr, SCALE: tl.constexpr,
     K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
     ACC: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +233,7 @@ def _forward(
         decay += lane.to(tl.int64) * slots
     if cutoff is not None:
         cutoff += lane
-    own, since, base, mine = _queries(decay, first, start, row, slots - time, SPAN)
+    own, since, base, mine = _queries(decay, first, start, row, slots - time, PREFIX, SPAN)
 
     most = tl.full((TOKENS,), NOTHING, ACC)
     total = tl.zeros((TOKENS,), ACC)
@@ -212,9 +242,11 @@ def _forward(
         total += 1
     out = tl.zeros((TOKENS, V_COLUMNS), ACC)
     q_tile = _rows(q, row, q_strides[1], KEY, K_COLUMNS)
-    far, sinks, near, end = _slots_of_queries(decay, first, cutoff, start, time, slots, WINDOW, SINKS, TOKENS, SLOTS)
-    for step in range(0, sinks + end - near):
-        j = tl.where(step < sinks, far + step, near + step - sinks) * SLOTS
+    far, sinks, near, steps = _slots_of_queries(
+        decay, first, cutoff, start, time, slots, WINDOW, SINKS, PREFIX, TOKENS, SLOTS
+    )
+    for step in range(0, steps):
+        j = _slot_of_step(step, far, sinks, near, PREFIX, SLOTS)
         column = tl.arange(0, SLOTS)
         present = column < slots - j
         at = j.to(tl.int64)
@@ -223,7 +255,9 @@ def _forward(
         decays = None
         if decay is not None:
             decays = tl.load(decay + j + column, mask=present, other=0)
-        logits, _ = _finish(logits, own, since, base, mine, j + column, decays, 0, WINDOW, SINKS, SOFT_CAP, SPAN)
+        logits, _ = _finish(
+            logits, own, since, base, mine, j + column, decays, 0, WINDOW, SINKS, PREFIX, SOFT_CAP, SPAN
+        )
         now = tl.maximum(most, tl.max(logits, 1))
         # Rows that have seen nothing so far keep zeros.
         least = tl.where(now == NOTHING, 0, now)
@@ -244,7 +278,7 @@ def _backward_of_queries(
     q, k, v, decay, first, cutoff, o, sums, do, dq, along, rows, batches, time, slots,
     q_strides, k_strides, v_strides, do_strides,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFT_CAP: tl.constexpr, SCALE: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, PREFIX: tl.constexpr, SOFT_CAP: tl.constexpr, SCALE: tl.constexpr,
     K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
     ACC: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -269,7 +303,7 @@ def _backward_of_queries(
         over_slots = tl.zeros((TOKENS,), tl.float64)
     if cutoff is not None:
         cutoff += lane
-    own, since, base, mine = _queries(decay, first, start, row, slots - time, SPAN)
+    own, since, base, mine = _queries(decay, first, start, row, slots - time, PREFIX, SPAN)
 
     do_tile = _rows(do, row, do_strides[1], VALUE, V_COLUMNS)
     mean = tl.sum(_rows(o, row, HEADS * VALUE, VALUE, V_COLUMNS).to(ACC) * do_tile.to(ACC), 1)
@@ -277,9 +311,11 @@ def _backward_of_queries(
     total = tl.load(sums + of_token + row)
     q_tile = _rows(q, row, q_strides[1], KEY, K_COLUMNS)
     dq_tile = tl.zeros((TOKENS, K_COLUMNS), ACC)
-    far, sinks, near, end = _slots_of_queries(decay, first, cutoff, start, time, slots, WINDOW, SINKS, TOKENS, SLOTS)
-    for step in range(0, sinks + end - near):
-        j = tl.where(step < sinks, far + step, near + step - sinks) * SLOTS
+    far, sinks, near, steps = _slots_of_queries(
+        decay, first, cutoff, start, time, slots, WINDOW, SINKS, PREFIX, TOKENS, SLOTS
+    )
+    for step in range(0, steps):
+        j = _slot_of_step(step, far, sinks, near, PREFIX, SLOTS)
         column = tl.arange(0, SLOTS)
         present = column < slots - j
         at = j.to(tl.int64)
@@ -289,7 +325,9 @@ def _backward_of_queries(
         decays = None
         if decay is not None:
             decays = tl.load(decay + j + column, mask=present, other=0)
-        logits, slope = _finish(logits, own, since, base, mine, j + column, decays, 0, WINDOW, SINKS, SOFT_CAP, SPAN)
+        logits, slope = _finish(
+            logits, own, since, base, mine, j + column, decays, 0, WINDOW, SINKS, PREFIX, SOFT_CAP, SPAN
+        )
         weights = tl.exp(logits - total[:, None])
         dweights = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION, out_dtype=ACC)
         dlogits = weights * (dweights - mean[:, None])
@@ -310,7 +348,7 @@ def _backward_of_slots(
     q, k, v, decay, first, cutoff, sums, do, along, rows, dk, dv, ddecay, batches, time, slots,
     q_strides, k_strides, v_strides, do_strides,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFT_CAP: tl.constexpr, SCALE: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, PREFIX: tl.constexpr, SOFT_CAP: tl.constexpr, SCALE: tl.constexpr,
     K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
     ACC: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -329,7 +367,7 @@ def _backward_of_slots(
     v_tile = _rows_inside(v, column, v_strides[1], present, VALUE, V_COLUMNS)
     dk_tile = tl.zeros((SLOTS, K_COLUMNS), ACC)
     dv_tile = tl.zeros((SLOTS, V_COLUMNS), ACC)
-    begin, stop = _queries_of_slots(first, j, last, time, slots, WINDOW, SINKS, TOKENS)
+    begin, stop = _queries_of_slots(first, j, last, time, slots, WINDOW, SINKS, PREFIX, TOKENS)
     for member in range(HEADS // GROUPS):
         head = group * (HEADS // GROUPS) + member
         place = batch * HEADS + head
@@ -357,7 +395,7 @@ def _backward_of_slots(
             row = tl.arange(0, TOKENS)
             inside = row < time - start
             row = tl.minimum(row, time - start - 1)
-            own, since, base, mine = _queries(decay_head, first, start, row, slots - time, SPAN)
+            own, since, base, mine = _queries(decay_head, first, start, row, slots - time, PREFIX, SPAN)
             at = tl.cast(start, tl.int64)
             q_tile = _rows(q_head + at * q_strides[1], row, q_strides[1], KEY, K_COLUMNS)
             do_tile = _rows_inside(do_head + at * do_strides[1], row, do_strides[1], inside, VALUE, V_COLUMNS)
@@ -365,7 +403,7 @@ def _backward_of_slots(
             mean = tl.load(along + place * time + start + row, mask=inside, other=0)
             logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC) * SCALE
             logits, slope = _finish(
-                logits, own, since, base, mine, j + column, decays, 1, WINDOW, SINKS, SOFT_CAP, SPAN
+                logits, own, since, base, mine, j + column, decays, 1, WINDOW, SINKS, PREFIX, SOFT_CAP, SPAN
             )
             weights = tl.exp(logits - total[None, :])
             dv_tile += _dot(weights, do_tile, DOT, ACC, PRECISION)
@@ -386,14 +424,14 @@ def _backward_of_slots(
     _store_rows(dv + place * VALUE, column, GROUPS * VALUE, present, VALUE, dv_tile)
 
 
-def forward(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale):
+def forward(q, k, v, decay, sink, first, cutoff, window, sinks, prefix, soft_cap, scale):
     """o ``[batch time head value]``, and the logarithms of sums of weights ``[batch head time]``."""
     q, k, v = (last_axis_contiguous(x) for x in (q, k, v))
     decay, sink, first, cutoff = _packed(decay, sink, first, cutoff)
     batch, time, heads, _ = q.shape
     o = q.new_empty(batch, time, heads, v.shape[3])
     sums = q.new_empty(batch, heads, time, dtype=accumulation_dtype(v))
-    settings = _settings(q, k, v, window, sinks, soft_cap, scale)
+    settings = _settings(q, k, v, window, sinks, prefix, soft_cap, scale)
     config = _config("forward", q, v)
     _forward[batch * heads * triton.cdiv(time, config["TOKENS"]),](
         q, k, v, decay, sink, first, cutoff, o, sums, batch, time, k.shape[1], q.stride(), k.stride(), v.stride(),
@@ -402,7 +440,7 @@ def forward(q, k, v, decay, sink, first, cutoff, window, sinks, soft_cap, scale)
     return o, sums
 
 
-def backward(do, q, k, v, decay, sink, first, cutoff, o, sums, window, sinks, soft_cap, scale):
+def backward(do, q, k, v, decay, sink, first, cutoff, o, sums, window, sinks, prefix, soft_cap, scale):
     """Gradients of q, k, v, decay and sink; None for what is None."""
     do, q, k, v = (last_axis_contiguous(x) for x in (do, q, k, v))
     decay, sink, first, cutoff = _packed(decay, sink, first, cutoff)
@@ -410,7 +448,7 @@ def backward(do, q, k, v, decay, sink, first, cutoff, o, sums, window, sinks, so
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     along = torch.empty_like(sums)
     rows, ddecay = (None if decay is None else decay.new_empty(batch, heads, size) for size in (time, slots))
-    settings = _settings(q, k, v, window, sinks, soft_cap, scale)
+    settings = _settings(q, k, v, window, sinks, prefix, soft_cap, scale)
     config = _config("queries", q, v)
     strides = q.stride(), k.stride(), v.stride(), do.stride()
     _backward_of_queries[batch * heads * triton.cdiv(time, config["TOKENS"]),](
@@ -453,14 +491,14 @@ LARGE = {
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _settings(q, k, v, window, sinks, soft_cap, scale):
+def _settings(q, k, v, window, sinks, prefix, soft_cap, scale):
     """What all kernels are compiled for."""
     # As weights and their gradients, float16 has float32's range on tensor cores as tfloat32, which holds its digits.
     operand = torch.float32 if v.dtype == torch.float16 else v.dtype
     exact = "ieee" if torch.version.hip or operand != torch.float32 else "tf32x3"
     return {
         "HEADS": q.shape[2], "GROUPS": k.shape[2], "KEY": q.shape[3], "VALUE": v.shape[3],
-        "WINDOW": window, "SINKS": sinks, "SOFT_CAP": soft_cap, "SCALE": scale,
+        "WINDOW": window, "SINKS": sinks, "PREFIX": prefix, "SOFT_CAP": soft_cap, "SCALE": scale,
         "ACC": TYPES[accumulation_dtype(v)], "DOT": TYPES[operand],
         "SPAN": tl.float32 if operand == torch.bfloat16 else tl.float64,
         "PRECISION": "tf32" if v.dtype == torch.float16 and exact == "tf32x3" else exact,
