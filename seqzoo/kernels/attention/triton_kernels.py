@@ -483,10 +483,16 @@ CONFIGS = {
 }
 LARGE = {
     ("forward", 256): (128, 32, 8, 2),
-    ("queries", 64): (64, 128, 8, 2),
+    ("queries", 64): (64, 64, 8, 2),
     ("queries", 128): (32, 128, 8, 2),
-    ("slots", 64): (64, 128, 8, 1),
+    ("slots", 64): (64, 64, 8, 1),
     ("slots", 128): (32, 128, 8, 1),
+}
+AMD = {
+    ("queries", 128): (32, 64, 8, 1),
+    ("queries", 256): (16, 32, 8, 1),
+    ("slots", 128): (32, 64, 8, 1),
+    ("slots", 256): (16, 32, 8, 1),
 }
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -508,7 +514,7 @@ def _settings(q, k, v, window, sinks, prefix, soft_cap, scale):
 def _config(kernel, q, v):
     """Blocks and warps for the sizes of heads; smaller blocks where tensor cores get wider numbers than bfloat16."""
     columns = [max(triton.next_power_of_2(x.shape[3]), 16) for x in (q, v)]
-    configs = CONFIGS | LARGE if fits_large_tiles() else CONFIGS
+    configs = CONFIGS | (LARGE if fits_large_tiles() else {}) | (AMD if torch.version.hip else {})
     tokens, slots, num_warps, num_stages = configs[kernel, max(*columns, 64)]
     if q.dtype != torch.bfloat16:
         tokens, slots, num_stages = max(tokens // 2, 16), max(slots // 2, 16), 1
