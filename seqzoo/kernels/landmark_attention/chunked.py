@@ -23,7 +23,7 @@ def landmark_attention(q, k, v, landmarks, place, block, top_k, scale):
     slot = torch.arange(slots, device=q.device)
     # The slot where each one's block ends, if it does.
     ends = slot - place % block + block - 1
-    keys, values, marks = (x.to(wide).transpose(1, 2)[:, :, None] for x in (k, v, landmarks))
+    keys, values, marks = (x.to(wide).transpose(1, 2) for x in (k, v, landmarks))
     outputs, own = [], slot[slots - time :]
     for rows, mine, before in zip(
         q.split(size, 1), own.split(size), place[:, slots - time :].split(size, 1), strict=True
@@ -38,9 +38,10 @@ def landmark_attention(q, k, v, landmarks, place, block, top_k, scale):
 
 def _attend(q, keys, values, marks, own, place, ends, block, top_k, scale) -> Tensor:
     """Outputs ``[batch token head value]`` of tokens in the slots ``own``, before which ``place`` of theirs stand."""
-    groups, slots = keys.shape[1], keys.shape[3]
-    q = q.to(keys.dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) * scale
-    logits = (q @ keys.mT).flatten(1, 2)
+    time, groups, slots = q.shape[1], *keys.shape[1:3]
+    # Heads that share keys are so many more rows of a group.
+    q = (q.to(keys.dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) * scale).flatten(2, 3)
+    logits = (q @ keys.mT).unflatten(2, (-1, time)).flatten(1, 2)
     slot = torch.arange(slots, device=q.device)
     first = own - place
     begin = (own - place % block)[:, None, :, None]
@@ -55,7 +56,7 @@ def _attend(q, keys, values, marks, own, place, ends, block, top_k, scale) -> Te
     most = torch.where(earlier, most, 0)
     shares = torch.where(earlier, (hidden - most).exp(), 0)
     sums = torch.zeros_like(logits).scatter_add(3, index, shares).gather(3, index)
-    of_blocks = (q @ marks.mT).flatten(1, 2)
+    of_blocks = (q @ marks.mT).unflatten(2, (-1, time)).flatten(1, 2)
     if top_k is not None and top_k * block < slots:
         is_end = (slot == ends)[:, None, None] & earlier
         candidates = torch.where(is_end, of_blocks, nothing)
@@ -65,5 +66,5 @@ def _attend(q, keys, values, marks, own, place, ends, block, top_k, scale) -> Te
 
     through = of_blocks + torch.where(earlier, logits - most - sums.clamp(min=torch.finfo(sums.dtype).tiny).log(), 0)
     weights = torch.where(earlier, through, torch.where(visible, logits, nothing)).softmax(-1)
-    values = weights.unflatten(1, q.shape[1:3]) @ values
-    return values.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    values = weights.unflatten(1, (groups, -1)).flatten(2, 3) @ values
+    return values.unflatten(2, (-1, time)).flatten(1, 2).transpose(1, 2)

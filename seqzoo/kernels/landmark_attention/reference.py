@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from seqzoo.kernels.backends import accumulation_dtype
+from seqzoo.kernels.backends import accumulation_dtype, share_heads
 
 
 def landmark_attention(q, k, v, landmarks, place, block, top_k, scale):
-    wide, shared = accumulation_dtype(v), q.shape[2] // k.shape[2]
-    keys, values, marks = (x.to(wide).repeat_interleave(shared, 2) for x in (k, v, landmarks))
+    wide = accumulation_dtype(v)
+    keys, values, marks = (share_heads(x, q).to(wide) for x in (k, v, landmarks))
     before, rows = k.shape[1] - q.shape[1], []
     for row in range(len(q)):
         for t in range(q.shape[1]):
