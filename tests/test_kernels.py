@@ -281,6 +281,16 @@ def test_short_conv_is_pytorchs_conv1d(backend, size, time):
     torch.testing.assert_close(last, seen[:, time:])
 
 
+@pytest.mark.parametrize("backend", [name for operator, name in OTHERS if operator == "fast_weights"])
+@pytest.mark.parametrize("chunk", [64, 65, 150])
+def test_fast_weights_of_long_chunks(backend, chunk):
+    """Kernels may take a chunk in pieces."""
+    variant = equation("fast_weights").VARIANTS["everything"] | {"chunk": chunk}
+    inputs, starts = equation("fast_weights").example(time=200, **variant), STARTS["start in the middle"](200)
+    inputs["rate"] = inputs["rate"] / 10  # so many steps at once diverge at larger ones
+    assert_same(*(differentiate("fast_weights", name, inputs, starts) for name in (backend, "reference")))
+
+
 @interpreted_by_default(operator=SINGLE, starts=("many starts",), time=(70,))
 @parametrize(with_times(with_variants(OTHERS), [1, 100]))
 @pytest.mark.parametrize("starts", FEW_STARTS)

@@ -100,7 +100,8 @@ class SelfTrainedHeads(nn.Module):
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time width"], FastWeightsState]:
         place = positions_from_starts(starts, state and state.position, x.shape[1], x.device) % self.mini_batch
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b t h d", three=3, h=self.num_heads)
+        # A split, not one rearrangement of all three: the gradients of its parts are joined where they belong.
+        q, k, v = (rearrange(z, "b t (h d) -> b t h d", h=self.num_heads) for z in self.qkv(x).split(self.width, -1))
         q, k = self.rotary.turn(q, place), self.rotary.turn(k, place)
         wide = torch.promote_types(x.dtype, torch.float32)
         rate = self.rate(x).to(wide).sigmoid() * (self.learning_rate / self.head_dim)

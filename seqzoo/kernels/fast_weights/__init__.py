@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -135,3 +136,5 @@ def _check_shapes(q, k, v, rate, weights, norm_weight, norm_bias, reach, log_mom
             for index, (tensor, weight) in enumerate(zip(kept, expected, strict=True)):
                 check_shape("fast_weights", f"state.{name}[{index}]", tensor, (batch, *weight.shape))
         check_shape("fast_weights", "state.position", state.position, (batch,))
+        if state.position.dtype != torch.int64:
+            raise ValueError(f"fast_weights: state.position is {state.position.dtype}; expected torch.int64")

@@ -76,6 +76,7 @@ struct Inputs {
 
     std::vector<Span> spans(int64_t row) const {
         std::vector<Span> found;
+        // No legal position is clamped; any other would be an endless loop.
         int64_t place = position ? std::clamp<int64_t>(position[row], 0, chunk - 1) : 0;
         const uint8_t* begins = starts ? starts + row * time : nullptr;
         for (int64_t t = 0, end; t < time; t = end) {
@@ -104,6 +105,30 @@ struct Inputs {
 template <class W>
 Matrix<const W> matrix(const W* data, int64_t stride) {
     return {data, stride};
+}
+
+// to (+)= sign rows weights^T, [size, inputs], by way of its transpose: of the two, rows of tokens are sooner turned.
+template <class W>
+void back_through(int64_t size, const Layer& layer, const W* rows, const W* weights, W* to, W sign, bool accumulate) {
+    constexpr int N = LANES<W>;
+    const int64_t inputs = layer.inputs, width = layer.columns, stride = detail::round_up<W>(size);
+    W* turned = workspace<4, W>(inputs * stride);
+    gemm({inputs, size, width}, matrix(weights, width), matrix(rows, width).transposed(), Matrix<W>{turned, stride},
+         sign);
+    for (int64_t i = 0; i < inputs; i += N) {
+        for (int64_t j = 0; j < size; j += N) {
+            Vec<W> square[N];
+            SEQZOO_UNROLL
+            for (int k = 0; k < N; k++) square[k] = i + k < inputs ? load(turned + (i + k) * stride + j) : Vec<W>{};
+            detail::transpose_square(square);
+            SEQZOO_UNROLL
+            for (int k = 0; k < N; k++) {
+                if (j + k >= size) continue;
+                W* row = to + (j + k) * inputs + i;
+                store_up_to(row, accumulate ? square[k] + load_up_to(row, inputs - i) : square[k], inputs - i);
+            }
+        }
+    }
 }
 
 // Hands out rows of numbers from one piece of memory; with none, only counts them.
@@ -380,8 +405,7 @@ void learn(const Head<T>& head, Piece<T>& c, bool again) {
     for (int64_t index = depth - 1; index > 0; index--) {
         const Layer& layer = x.layers[index];
         auto& inside = c.layers[index - 1];
-        gemm({n, layer.inputs, layer.columns}, matrix<W>(c.layers[index].errors, layer.columns),
-             matrix(c.before.anchor + layer.at, layer.columns).transposed(), Matrix<W>{inside.back, layer.inputs});
+        back_through<W>(n, layer, c.layers[index].errors, c.before.anchor + layer.at, inside.back, W(1), false);
         for_each_vector<W>(n * layer.inputs, [&](int64_t i, auto load, auto store) {
             store(inside.errors + i, load(inside.back + i) * load(inside.slope + i));
         });
@@ -659,16 +683,15 @@ void unwrite(const Inputs<T>& x, const Piece<T>& c, PieceGradients<T>& d, const 
         std::fill_n(to.entering, n * layer.inputs, W(0));
         if (c.span.last) continue;
         auto back = [&](const W* weights, const W* shares, W* of_shares, W sign) {
-            auto changed = matrix(weights + layer.at, width);
-            gemm({n, width, layer.rows}, matrix<W>(inside.entering, layer.rows), changed, Matrix<W>{d.first, width});
+            gemm({n, width, layer.rows}, matrix<W>(inside.entering, layer.rows), matrix(weights + layer.at, width),
+                 Matrix<W>{d.first, width});
             for (int64_t i = 0; i < n; i++) {
                 const W *step = d.first + i * width, *error = inside.errors + i * width;
                 of_shares[i] += sign * dot(width, step, error);
                 add_scaled(width, sign * shares[i], step, to.errors + i * width);
                 scaled(width, shares[i], error, d.second + i * width);
             }
-            gemm({n, layer.inputs, width}, matrix<W>(d.second, width), changed.transposed(),
-                 Matrix<W>{to.entering, layer.inputs}, sign, true);
+            back_through<W>(n, layer, d.second, weights + layer.at, to.entering, sign, true);
         };
         back(next, (whole ? g.pi : g.written) + end * n, (whole ? d.gates.pi : d.gates.written) + end * n, W(-1));
         if (momentum) back(of.momentum, g.carries + end * n, d.gates.carries + end * n, W(1));
@@ -772,8 +795,7 @@ void unread(const Head<T>& head, const Piece<T>& c, Reading<T>& r, PieceGradient
                 }
                 rows = scaled_out;
             }
-            gemm({n, inputs, width}, matrix(rows, width), matrix(weights + layer.at, width).transposed(),
-                 Matrix<W>{into, inputs}, sign, true);
+            back_through(n, layer, rows, weights + layer.at, into, sign, true);
             gemm({layer.rows, width, n}, z.transposed(), matrix(rows, width), Matrix<W>{of_weights + layer.at, width},
                  sign, true);
         };
@@ -867,8 +889,7 @@ void unlearn(const Head<T>& head, const Piece<T>& c, PieceGradients<T>& d, const
         auto leaving = matrix<W>(to.errors, width);
         gemm({layer.rows, width, n}, matrix<W>(c.layers[index].entering, layer.rows).transposed(), leaving,
              Matrix<W>{of.anchor + layer.at, width}, W(1), true);
-        gemm({n, inputs, width}, leaving, matrix(c.before.anchor + layer.at, width).transposed(),
-             Matrix<W>{to.entering, inputs}, W(1), true);
+        back_through<W>(n, layer, to.errors, c.before.anchor + layer.at, to.entering, W(1), true);
         if (index == 0) break;
         const W* slope = c.layers[index - 1].slope;
         W* before = d.layers[index - 1].errors;
@@ -907,9 +928,11 @@ void ungate(const Head<T>& head, const Piece<T>& c, PieceGradients<T>& d, const 
     for (int64_t i = 0; i < n; i++) {
         const W *pi = of.pi + i * n, reach = g.reach[i];
         if (x.reach) {
-            double found = double(g.lose[i]) * of.alpha[i] + double(g.keep[i]) * of.gamma[i] + double(g.push[i]) * of.delta[i];
-            for (int64_t j = 0; j <= i; j++) found += double(g.written[i * n + j]) * pi[j];
-            all.reach[head.index() * x.chunk + c.span.place + i] += found;
+            double& to = all.reach[head.index() * x.chunk + c.span.place + i];
+            to += double(g.lose[i]) * of.alpha[i];
+            to += double(g.keep[i]) * of.gamma[i];
+            to += double(g.push[i]) * of.delta[i];
+            for (int64_t j = 0; j <= i; j++) to += double(g.written[i * n + j]) * pi[j];
         }
         of.keep[i] += reach * (of.alpha[i] + of.gamma[i]);
         of.push[i] += reach * of.delta[i];
@@ -1097,9 +1120,9 @@ SEQZOO_EXPORT void fast_weights_forward(int64_t dtype, int64_t threads, const in
     });
 }
 
-// `given`: gradients of o and of the last anchor, change and momentum, then what was kept. `out`: those of q, k, v, rate,
-// weights, norm_weight, norm_bias, reach, log_momentum, log_keep, anchor, change and momentum; of what heads or rows
-// share, for each of them.
+// `given`: gradients of o and of the last anchor, change and momentum, then what was kept. `out`: those of q, k, v,
+// rate, weights, norm_weight, norm_bias, reach (in double), log_momentum, log_keep, anchor, change and momentum; of what
+// heads or rows share, for each of them.
 SEQZOO_EXPORT void fast_weights_backward(int64_t dtype, int64_t threads, const int64_t* sizes, const int64_t* layers,
                                          int64_t tanh, double eps, const void* const* in, const void* const* given,
                                          void* const* out) {
@@ -1110,8 +1133,8 @@ SEQZOO_EXPORT void fast_weights_backward(int64_t dtype, int64_t threads, const i
         auto last = [&](int n) { return static_cast<const W*>(given[n]); };
         auto tokens = [&](int n) { return static_cast<T*>(out[n]); };
         Inputs<T> x = inputs<T>(sizes, layers, tanh, eps, in);
-        Gradients<T> d{static_cast<const T*>(given[0]), {last(1), last(2), last(3)}, last(4),
-                       tokens(0), tokens(1), tokens(2), wide(3), wide(4), wide(5), wide(6), static_cast<double*>(out[7]), wide(8), wide(9),
+        Gradients<T> d{static_cast<const T*>(given[0]), {last(1), last(2), last(3)}, last(4), tokens(0), tokens(1),
+                       tokens(2), wide(3), wide(4), wide(5), wide(6), static_cast<double*>(out[7]), wide(8), wide(9),
                        {wide(10), wide(11), wide(12)}};
         for_all_heads(threads, x, [&](const Heads<T>& heads) { backward(heads, d); });
     });

@@ -91,8 +91,8 @@ void activate(int64_t count, bool tanh, const W* x, W* value, W* slope, W* bend)
     tanh ? run(std::true_type()) : run(std::false_type());
 }
 
-// unit = r (x - mean x), r^-2 = var x + eps; returns r. The mean is taken twice, for where it is far above the deviations:
-// what its rounding leaves of it.
+// unit = r (x - mean x), r^-2 = var x + eps; returns r. What the rounding of the mean leaves of it is taken away too: it
+// may be large beside the deviations.
 template <class W>
 W normalize(int64_t count, W eps, const W* x, W* unit) {
     Vec<W> total{}, rest{}, squares{};
@@ -107,7 +107,9 @@ W normalize(int64_t count, W eps, const W* x, W* unit) {
     });
     const W left = sum(rest) / W(count);
     const W spread = 1 / std::sqrt(std::max(sum(squares) / W(count) - left * left, W(0)) + eps);
-    for_each_vector<W>(count, [&](int64_t i, auto load, auto store) { store(unit + i, spread * (load(unit + i) - left)); });
+    for_each_vector<W>(count, [&](int64_t i, auto load, auto store) {
+        store(unit + i, spread * (load(unit + i) - left));
+    });
     return spread;
 }
 

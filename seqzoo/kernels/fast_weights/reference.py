@@ -197,6 +197,6 @@ def example(
     inputs |= {"log_momentum": gate(0)} if momentum else {}
     inputs |= {"log_keep": gate(3)} if forgets else {}
     last = layers(batch, scale=0.1) if momentum else ()
-    position = 1 + 5 * torch.arange(batch) % (chunk - 1)
+    position = (1 + 5 * torch.arange(batch) % max(chunk - 1, 1)) % chunk
     inputs["state"] = FastWeightsState(layers(batch), layers(batch, scale=0.1), last, position)
     return inputs | {"chunk": chunk, "gelu": gelu}
