@@ -18,7 +18,7 @@ from pathlib import Path
 
 import operator_peers as peers
 import torch
-from cost_bench import costs
+from cost_bench import costs, peaks
 from layer_bench import layers
 from operator_cases import CASES, Case, draw, operator_of, work
 from results import RESULTS
@@ -217,6 +217,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "layers": layers,
     "shares": shares,
     "costs": costs,
+    "peaks": peaks,
 }
 
 
@@ -224,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}; all by default")
     parser.add_argument("--only", action="append", default=[], help="part of the names of the operators or layers")
-    parser.add_argument("--length", type=int, default=4096, help="tokens in peers, layers and shares")
+    parser.add_argument("--length", type=int, default=4096, help="tokens in peers, layers, shares and peaks")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that layers, shares and costs write to")
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a point of costs may take")
     arguments = vars(parser.parse_args())

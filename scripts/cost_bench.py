@@ -1,4 +1,5 @@
-"""Time and peak memory of every layer's forward and backward against length: kept, drawn and tabled (`costs`)."""
+"""Time and peak memory of every layer's forward and backward against length: kept, drawn and tabled (`costs`); and
+beside its peers' at one length (`peaks`)."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layer_cases import CASES, chosen, module_side
+from layer_cases import CASES, chosen, makers
 from results import RESULTS, fill, markdown, read, write
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 from timing import PATIENCE, in_own_process, reset_peak, resident
 
 from seqzoo.evals.report import COLORS, FAINT, INK, bytes_text, save_figure, set_axes, set_log_axis, tokens_text
@@ -33,11 +36,11 @@ HUES = tuple(color for color in COLORS if color != "#222222")
 Costs = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
-def _cost(index: int, length: int, threads: int) -> dict[str, float]:
+def _cost(index: int, side: str, length: int, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
-    layer = CASES[index].build(length)
-    module_side(layer, 128, torch.float32).both()
-    both = module_side(layer, length, torch.float32).both
+    make = makers(CASES[index])[side]
+    make(128, torch.float32).both()
+    both = make(length, torch.float32).both
     before, seconds, peak = reset_peak(), [], 0
     while len(seconds) < 7 and sum(seconds) < ENOUGH:
         begin = time.perf_counter()
@@ -76,7 +79,9 @@ def costs(console: Console, only: Sequence[str] = (), results: Path = RESULTS, p
                 console.print(f"{case.title}: {length:,} tokens left out, some {seconds:.0f} s and {bytes_text(size)}")
                 break
             try:
-                points[str(length)] = in_own_process(_cost, CASES.index(case), length, torch.get_num_threads())
+                points[str(length)] = in_own_process(
+                    _cost, CASES.index(case), "seqzoo", length, torch.get_num_threads()
+                )
             except BrokenProcessPool:
                 console.print(f"{case.title}: the process died at {length:,} tokens")
                 break
@@ -170,3 +175,22 @@ def draw(measured: Costs, path: Path) -> None:
             alignment="left",
         )
     save_figure(figure, path)
+
+
+def peaks(console: Console, length: int = 4096, only: Sequence[str] = ()) -> None:
+    """Time and peak memory of layers and of their peers, forward and backward, float32, each in its own process."""
+    report = Table("layer", "side", "ms", "peak memory", "peak / ours", box=SIMPLE_HEAD)
+    for case in chosen(only):
+        ours = 0.0
+        for side in makers(case):
+            try:
+                cost = in_own_process(_cost, CASES.index(case), side, length, torch.get_num_threads())
+            except (ImportError, RuntimeError) as error:
+                if side == "seqzoo":
+                    raise
+                console.print(f"{case.title}: {side} cannot run: {str(error).splitlines()[0]}")
+                continue
+            ours = ours or cost["bytes"]
+            title, ratio = (case.title, "") if side == "seqzoo" else ("", f"{cost['bytes'] / ours:.1f}")
+            report.add_row(title, side, f"{cost['seconds'] * 1e3:.0f}", bytes_text(cost["bytes"]), ratio)
+    console.print(report)

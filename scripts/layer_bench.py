@@ -9,7 +9,7 @@ from typing import Any
 
 import layer_peers
 import torch
-from layer_cases import CASES, DTYPES, LayerCase, Side, chosen, module_side, side_maker
+from layer_cases import CASES, DTYPES, LayerCase, Side, chosen, makers, side_maker
 from results import RESULTS, fill, markdown, read, write
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -34,10 +34,8 @@ def patient(make: Callable[[int, torch.dtype], Side], length: int, dtype: torch.
 
 def measure(case: LayerCase, length: int, dtype: torch.dtype, console: Console) -> dict[str, list[float]]:
     """Seconds of forward, and of forward and backward, of each side; peers that fail or take too long are left out."""
-    makers = {"seqzoo": lambda length, dtype: module_side(case.build(length), length, dtype)}
-    makers |= dict(map(side_maker, (*case.peers, layer_peers.softmax_sdpa)))
     sides = {}
-    for name, make in makers.items():
+    for name, make in (makers(case) | dict([side_maker(layer_peers.softmax_sdpa)])).items():
         try:
             if name == "seqzoo" or patient(make, length, dtype):
                 sides[name] = make(length, dtype)

@@ -193,3 +193,10 @@ def side_maker(peer: Callable[[], nn.Module] | Bare) -> tuple[str, Callable[[int
     if isinstance(peer, Bare):
         return f"{peer.peer.__name__} alone", functools.partial(bare_side, peer)
     return peer.__name__, lambda length, dtype: module_side(peer(), length, dtype)
+
+
+def makers(case: LayerCase) -> dict[str, Callable[[int, torch.dtype], Side]]:
+    """What makes our side of a length and dtype, and each peer's, by name."""
+    return {"seqzoo": lambda length, dtype: module_side(case.build(length), length, dtype)} | dict(
+        map(side_maker, case.peers)
+    )
