@@ -20,6 +20,7 @@ import operator_peers as peers
 import torch
 from cost_bench import costs, peaks
 from layer_bench import layers
+from layer_cases import DTYPES as LAYER_DTYPES
 from operator_cases import CASES, Case, draw, operator_of, work
 from results import RESULTS
 from rich.box import SIMPLE_HEAD
@@ -226,6 +227,14 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}; all by default")
     parser.add_argument("--only", action="append", default=[], help="part of the names of the operators or layers")
     parser.add_argument("--length", type=int, default=4096, help="tokens in peers, layers, shares and peaks")
+    parser.add_argument(
+        "--dtype",
+        dest="dtypes",
+        action="append",
+        default=[],
+        choices=LAYER_DTYPES,
+        help="of layers and shares; both by default",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that layers, shares and costs write to")
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a point of costs may take")
     arguments = vars(parser.parse_args())

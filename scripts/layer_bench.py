@@ -71,14 +71,20 @@ def verdict(case: LayerCase, times: Mapping[str, list[float]], dtype: str) -> st
     return f"{target:g}x: {' and '.join(missed) + ' missed' if missed else 'met'}"
 
 
-def layers(console: Console, length: int = 4096, only: Sequence[str] = (), results: Path = RESULTS) -> None:
+def layers(
+    console: Console,
+    length: int = 4096,
+    only: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    results: Path = RESULTS,
+) -> None:
     """Layers against other people's and softmax attention through SDPA: milliseconds, and their time over ours."""
     path = results / "layer_times.json"
     for case in chosen(only):
         table = Table("layer", "dtype", "side", "ms forward", "both", "x forward", "x both", "target", box=SIMPLE_HEAD)
-        for index, (name, dtype) in enumerate(DTYPES.items()):
+        for index, name in enumerate(dtypes or DTYPES):
             torch.manual_seed(0)
-            times = measure(case, length, dtype, console)
+            times = measure(case, length, DTYPES[name], console)
             kept = read(path)
             kept.setdefault(case.title, {})[name] = times
             write(path, kept)

@@ -82,7 +82,13 @@ def split_time(both: Callable[[], object]) -> dict[str, float]:
     return {kind: seconds / total for kind, seconds in spent.items()}
 
 
-def shares(console: Console, length: int = 4096, only: Sequence[str] = (), results: Path = RESULTS) -> None:
+def shares(
+    console: Console,
+    length: int = 4096,
+    only: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    results: Path = RESULTS,
+) -> None:
     """What of a layer's forward and backward is neither a matrix product nor the operator: convolution, norms, gates.
 
     By the profiler, in one run of the whole layer; a gradient counts as the forward call that it belongs to. The rest
@@ -95,10 +101,10 @@ def shares(console: Console, length: int = 4096, only: Sequence[str] = (), resul
     for case in chosen(only):
         if not set(getattr(layers, case.name).operators) - {"short_conv"}:
             continue  # the convolution itself mixes, or a loop that no operator holds
-        for name, dtype in DTYPES.items():
+        for name in dtypes or DTYPES:
             layer = case.build(length)
             with marked(layer):
-                both = module_side(layer, length, dtype).both
+                both = module_side(layer, length, DTYPES[name]).both
                 runs = [split_time(both) for _ in range(9)][2:]
             measured = {kind: statistics.median(run[kind] for run in runs) for kind in KINDS}
             kept = read(path)
