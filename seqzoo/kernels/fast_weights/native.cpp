@@ -743,6 +743,8 @@ void unread(const Head<T>& head, const Piece<T>& c, Reading<T>& r, PieceGradient
     const int64_t n = c.span.size, value = x.value;
     read(head, c, r);
     W *out = d.first, *into = d.second, *scaled_out = workspace<1, W>(PIECE * x.widest);
+    // In double, as in norm_errors.
+    double *wide = workspace<3, double>(2 * value), *of_unit = wide + value;
     for (int64_t i = 0; i < n; i++) {
         const T* given = all.o + head.at(c.span.begin + i) * value;
         W *row = out + i * value, *unit = r.leaving + i * value;
@@ -752,14 +754,17 @@ void unread(const Head<T>& head, const Piece<T>& c, Reading<T>& r, PieceGradient
         }
         const W* scale = head.norm_weight();
         W *of_scale = all.norm_weight + head.index() * value, *of_bias = all.norm_bias + head.index() * value;
-        W spread = normalize(value, x.eps, unit, unit);
+        std::copy_n(unit, value, wide);
+        const double spread = normalize(value, double(x.eps), wide, wide);
+        std::copy_n(wide, value, unit);
         for_each_vector<W>(value, [&](int64_t o, auto load, auto store) {
             Vec<W> y = load(given + o);
             store(of_scale + o, fma(y, load(unit + o), load(of_scale + o)));
             store(of_bias + o, load(of_bias + o) + y);
-            store(row + o, y * load(scale + o));
         });
-        normalize_back(value, spread, unit, row, row);
+        for (int64_t o = 0; o < value; o++) of_unit[o] = double(widen(given[o])) * scale[o];
+        normalize_back(value, spread, wide, of_unit, of_unit);
+        std::copy_n(of_unit, value, row);
     }
     for (int64_t index = x.layers.size() - 1; index >= 0; index--) {
         const Layer& layer = x.layers[index];
