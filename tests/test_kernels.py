@@ -235,7 +235,7 @@ def truth_of(operator, variant, time, starts, dropped):
     return differentiate(operator, "reference", inputs, STARTS[starts](time))
 
 
-@interpreted_by_default(starts=("many starts",), state=("with state",))
+@interpreted_by_default(operator=SINGLE, starts=("many starts",), state=("with state",))
 @parametrize(with_times(with_variants(OTHERS), TIMES))
 @pytest.mark.parametrize("state", ["with state", "without state"])
 @pytest.mark.parametrize("starts", FEW_STARTS)
@@ -296,10 +296,15 @@ def test_fast_weights_of_long_chunks(backend, chunk):
 @pytest.mark.parametrize("starts", FEW_STARTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_is_as_precise_as_plain_pytorch(operator, backend, variant, dtype, time, starts):
-    seeds = range(1 if backend in INTERPRETED else 3)
+    seeds = seeds_for(backend)
     examples = [example(operator, variant, time=time, dtype=dtype, seed=seed) for seed in seeds]
     expected = [exact_and_plain_of_example(operator, variant, dtype, time, seed, starts) for seed in seeds]
     assert_as_precise_as_plain_pytorch(operator, backend, examples, STARTS[starts](time), expected)
+
+
+def seeds_for(backend):
+    """Of how many examples errors are averaged: one where kernels are interpreted."""
+    return range(1 if backend in INTERPRETED else 3)
 
 
 def in_pieces(operator, backend, variant, sizes, starts):
@@ -368,7 +373,7 @@ def strongly_decaying(operator, variant, where, amount, seed):
 @pytest.mark.parametrize("where", ["each token", "one token"])
 @gated
 def test_stays_precise_under_strong_decay(operator, backend, variant, where, amount):
-    examples = [strongly_decaying(operator, variant, where, amount, seed) for seed in range(3)]
+    examples = [strongly_decaying(operator, variant, where, amount, seed) for seed in seeds_for(backend)]
     # What is not finite is not within any bound.
     assert_as_precise_as_plain_pytorch(operator, backend, examples)
 
@@ -392,7 +397,7 @@ def test_a_strong_decay_forgets_all_before_it(operator, backend, variant):
 def test_scans_keep_to_the_equation_at_the_limits(operator, backend, variant):
     """Nothing kept, almost nothing, and all of it; the gates of the selective scan saturated both ways."""
     examples = []
-    for seed in range(3):
+    for seed in seeds_for(backend):
         inputs = example(operator, variant, time=100, dtype=torch.float32, seed=seed)
         if operator == "linear_scan":
             # The last axis is the one that a constant has as well.
@@ -412,7 +417,7 @@ def test_scans_keep_to_the_equation_at_the_limits(operator, backend, variant):
 @delta
 def test_writes_with_strength_up_to_two(operator, backend, variant):
     examples = []
-    for seed in range(3):
+    for seed in seeds_for(backend):
         inputs = example(
             operator, variant, time=200 if backend not in INTERPRETED else 70, dtype=torch.float32, seed=seed
         )
@@ -429,7 +434,7 @@ def test_writes_with_strength_up_to_two(operator, backend, variant):
 def test_repeated_keys_overwrite_each_other(operator, backend, variant):
     """The same key at each token, no decay: powers of the triangular matrix would pass 1e18."""
     examples = []
-    for seed in range(3):
+    for seed in seeds_for(backend):
         inputs = example(
             operator, variant, time=200 if backend not in INTERPRETED else 70, dtype=torch.float32, seed=seed
         )
