@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
+from seqzoo.kernels.taylor_features import taylor_features, taylor_size
 from seqzoo.mixer import Mixer
-from seqzoo.parts.feature_maps import taylor, taylor_size
 
 
 class BasedState(NamedTuple):
@@ -64,9 +64,8 @@ class Based(Mixer):
         qkv = self.projection(x).split(self.widths, -1)
         q, k, v = (rearrange(z, "b t (h d) -> b t h d", h=self.num_heads) for z in qkv)
         v = F.pad(v, (0, 1), value=1.0)
-        y, memory = gated_linear_attention(
-            taylor(q), taylor(k), v, None, state and state.memory, starts, backend=self.backend
-        )
+        q, k = (taylor_features(z, backend=self.backend) for z in (q, k))
+        y, memory = gated_linear_attention(q, k, v, None, state and state.memory, starts, backend=self.backend)
         # Every weight is at least a half, and so is their sum; rounding may say less where scores are large.
         y = y[..., :-1] / y[..., -1:].clamp(min=0.5)
         return self.out(rearrange(y, "b t h d -> b t (h d)")), BasedState(memory)

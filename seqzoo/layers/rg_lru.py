@@ -1,6 +1,6 @@
 """RG-LRU: a gated linear recurrence of one number a channel, in the block of Griffin and Hawk (De et al. 2024, https://arxiv.org/abs/2402.19427).
 
-The gradient of the square root needs no clip here: it is taken of a sum that is never zero.
+The gradient of the square root needs no clip here: it is taken of a sum that is never zero (see ``recurrence_gates``).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.linear_scan import linear_scan
+from seqzoo.kernels.recurrence_gates import recurrence_gates
 from seqzoo.mixer import Mixer
 from seqzoo.parts.block_linear import BlockLinear
 from seqzoo.parts.short_conv import CausalConv
@@ -20,7 +21,6 @@ from seqzoo.parts.short_conv import CausalConv
 SHARPNESS = 8.0  # c of the paper: a fully open gate decays as e^{-8 softplus(rate)}
 RADIUS = (0.9, 0.999)  # where that decay starts, between its first powers
 CONV_STD = 0.1  # of the sum of a filter's taps
-TINY = 1e-30  # below any square that counts: keeps the slope of its root finite
 
 
 class RGLRUState(NamedTuple):
@@ -62,6 +62,8 @@ class RGLRU(Mixer):
         self.conv = CausalConv(width, conv_size, bias=True, backend=backend)
         self.input_gate = BlockLinear(width, num_heads)
         self.decay_gate = BlockLinear(width, num_heads)
+        self.input_bias = nn.Parameter(torch.empty(width))
+        self.decay_bias = nn.Parameter(torch.empty(width))
         self.decay_rate = nn.Parameter(torch.empty(width))
         self.out = nn.Linear(width, dim)
         self._draw()
@@ -73,7 +75,8 @@ class RGLRU(Mixer):
             nn.init.zeros_(linear.bias)
         taps, bias = self.conv.parameters()
         nn.init.normal_(taps, std=CONV_STD * taps.shape[1] ** -0.5)
-        nn.init.zeros_(bias)
+        for constant in (bias, self.input_bias, self.decay_bias):
+            nn.init.zeros_(constant)
         low, high = (radius**2 for radius in RADIUS)
         # The inverse of softplus, of -log a where a^2 is uniform: fast and slow channels as a disc has them.
         self.decay_rate.uniform_(low, high).log_().div_(-2).expm1_().log_()
@@ -90,18 +93,22 @@ class RGLRU(Mixer):
     ) -> tuple[Float[Tensor, "batch time dim"], RGLRUState]:
         u, gate = self.projection(x).chunk(2, -1)
         u, conv = self.conv(u, state and state.conv, starts)
-        wide = torch.promote_types(u.dtype, torch.float32)
-        rate = SHARPNESS * F.softplus(self.decay_rate.to(wide))
-        log_decay = -rate * self.decay_gate(u).to(wide).sigmoid()
-        scale = (TINY - torch.expm1(2 * log_decay)).sqrt()
+        rate = SHARPNESS * F.softplus(self.decay_rate.to(torch.promote_types(u.dtype, torch.float32)))
         begins = starts
         if state is None:
             first = torch.arange(x.shape[1], device=x.device) == 0
             begins = first[None] if starts is None else starts | first
-        if begins is not None:
-            scale = scale.masked_fill(begins[..., None], 1)
-        entering = u * self.input_gate(u).sigmoid() * scale.to(u.dtype)
-        h, memory = linear_scan(log_decay.exp(), entering, state and state.memory, starts, backend=self.backend)
+        decay, entering = recurrence_gates(
+            u,
+            self.decay_gate(u),
+            self.input_gate(u),
+            self.decay_bias,
+            self.input_bias,
+            rate,
+            None if begins is None else begins.expand(x.shape[:2]),
+            backend=self.backend,
+        )
+        h, memory = linear_scan(decay, entering, state and state.memory, starts, backend=self.backend)
         return self.out(h * F.gelu(gate, approximate="tanh")), RGLRUState(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

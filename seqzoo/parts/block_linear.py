@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class BlockLinear(nn.Module):
-    """A projection from the width to itself by a block-diagonal matrix, and a bias.
+    """A projection from the width to itself by a block-diagonal matrix.
 
-    Weights start normal with variance ``blocks / dim``, so that sizes are kept, and biases at zero.
+    Weights start normal with variance ``blocks / dim``, so that sizes are kept.
 
     Args:
         dim: width.
@@ -21,14 +21,11 @@ class BlockLinear(nn.Module):
     def __init__(self, dim: int, blocks: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, dim // blocks, dim // blocks))
-        self.bias = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
-        nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
         parts = rearrange(x, "b t (h i) -> h (b t) i", h=len(self.weight))
-        y = rearrange(parts @ self.weight, "h (b t) o -> b t (h o)", b=len(x))
-        return y + self.bias.to(y.dtype)
+        return rearrange(parts @ self.weight, "h (b t) o -> b t (h o)", b=len(x))

@@ -21,7 +21,6 @@ from torch import nn
 
 from seqzoo.layers import Based
 from seqzoo.layers.based import BasedState
-from seqzoo.parts.feature_maps import taylor, taylor_size
 
 naive = pytest.importorskip("fla.ops.based.naive")
 
@@ -91,11 +90,3 @@ def test_goes_on_from_the_official_state(dtype):
 
 def test_rounds_no_worse_in_bfloat16():
     assert_rounds_no_worse(build())
-
-
-@pytest.mark.parametrize("size", [1, 2, 16])
-def test_features_are_the_series_of_the_exponential(size):
-    q, k = torch.randn(2, 7, size, dtype=torch.float64)
-    assert taylor(q).shape == (7, taylor_size(size))
-    s = (q * k).sum(-1) / size**0.5
-    torch.testing.assert_close((taylor(q) * taylor(k)).sum(-1), 1 + s + s**2 / 2)

@@ -175,7 +175,8 @@ def test_rg_lru(start):
     spreads |= {layer.input_gate: 256**-0.5, layer.decay_gate: 256**-0.5}
     for module, spread in spreads.items():
         assert abs(module.weight.mean()) < 0.05 * spread and abs(module.weight.std() / spread - 1) < 0.05
-        assert not module.bias.any()
+    for bias in (layer.projection.bias, layer.out.bias, layer.conv.bias, layer.input_bias, layer.decay_bias):
+        assert not bias.any()
     assert layer.input_gate.weight.shape == (8, 256, 256)
 
 

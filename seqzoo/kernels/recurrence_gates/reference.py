@@ -1,0 +1,17 @@
+"""The equation in plain PyTorch, for any device, with everything inside in float32 or better."""
+
+from __future__ import annotations
+
+import torch
+
+TINY = 1e-30  # below any square that counts: keeps the slope of its root finite
+
+
+def recurrence_gates(u, recurrence, input, recurrence_bias, input_bias, rate, begins):
+    wide = rate.dtype
+    log_decay = -rate * torch.sigmoid(recurrence.to(wide) + recurrence_bias)
+    scale = (TINY - torch.expm1(2 * log_decay)).sqrt()
+    if begins is not None:
+        scale = scale.masked_fill(begins[..., None], 1)
+    entering = u.to(wide) * torch.sigmoid(input.to(wide) + input_bias) * scale
+    return log_decay.exp(), entering.to(u.dtype)
