@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from functools import cache
 
 import jaxtyping
@@ -25,6 +26,9 @@ FEW_STARTS = ("no start", "many starts")
 COMPOSED = ("gated_delta_product", "mlstm")
 # Kernels that keep a number of chunks of all heads in memory, more than the interpreter could walk through.
 CUT_BY_CELLS = ("gated_delta_rule", "dplr_delta_rule")
+
+# Names of what a memory decays by, as logarithms.
+DECAYS = ("log_decay", "log_forget")
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 # The bound on relative errors where twice the reference's is less: three units in the last place of float32. There the
@@ -54,9 +58,11 @@ OTHERS = [(operator, name) for operator, name in EVERY if name != "reference"]
 
 
 def with_variants(pairs, having=None):
-    """``pairs`` of operator and implementation with each variant, or only those with an input called ``having``."""
+    """``pairs`` of operator and implementation with each variant, or only those with an input of one of these names."""
     cases = [(*pair, variant) for pair in pairs for variant in equation(pair[0]).VARIANTS]
-    return [case for case in cases if having is None or example(case[0], case[2]).get(having) is not None]
+    if having is None:
+        return cases
+    return [case for case in cases if any(example(case[0], case[2]).get(name) is not None for name in having)]
 
 
 def with_times(cases, times):
@@ -80,8 +86,9 @@ SINGLE = tuple(operator for operator in OPERATORS if operator not in COMPOSED)
 
 every = parametrize(with_variants(EVERY))
 others = parametrize(with_variants(OTHERS))
-gated = parametrize(with_variants(EVERY, having="log_decay"))
-delta = parametrize(with_variants(EVERY, having="beta"))
+gated = parametrize(with_variants(EVERY, having=["log_decay"]))
+forgetting = parametrize(with_variants(EVERY, having=DECAYS))
+delta = parametrize(with_variants(EVERY, having=["beta"]))
 
 
 def call(operator, backend, inputs, starts=None):
@@ -364,12 +371,13 @@ def test_documents_do_not_see_each_other(operator, backend, variant):
 def strongly_decaying(operator, variant, where, amount, seed):
     """An example that decays by ``amount`` at each token, or at one token in the middle of mild ones."""
     inputs = example(operator, variant, time=100, dtype=torch.float32, seed=seed)
-    inputs["log_decay"][:, slice(None) if where == "each token" else 40] = amount
+    (decay,) = inputs.keys() & DECAYS
+    inputs[decay][:, slice(None) if where == "each token" else 40] = amount
     return inputs
 
 
-@interpreted_by_default(operator=SINGLE, where=("one token",), amount=(-1e4,))
-@pytest.mark.parametrize("amount", [-50.0, -1e4])
+@interpreted_by_default(operator=SINGLE, where=("one token",), amount=(-math.inf,))
+@pytest.mark.parametrize("amount", [-50.0, -1e4, -math.inf])
 @pytest.mark.parametrize("where", ["each token", "one token"])
 @gated
 def test_stays_precise_under_strong_decay(operator, backend, variant, where, amount):
@@ -379,9 +387,9 @@ def test_stays_precise_under_strong_decay(operator, backend, variant, where, amo
 
 
 @interpreted_by_default()
-@gated
+@forgetting
 def test_a_strong_decay_forgets_all_before_it(operator, backend, variant):
-    inputs = strongly_decaying(operator, variant, "one token", -1e4, 0)
+    inputs = strongly_decaying(operator, variant, "one token", -math.inf, 0)
     if "a" in inputs:  # reads ahead of the decay, and writes what it read after it
         inputs["a"][:, 40] = 0
     y, state = call(operator, backend, inputs)

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+# A stronger decay, -inf too, leaves as little: e^STRONGEST is 0 in float64. Differences of sums of it stay numbers.
+STRONGEST = -800.0
+
 
 def chunk_size(time: int, largest: int) -> int:
     """Tokens in a chunk: ``largest``, or a smaller power of two where a short sequence would leave it mostly empty."""
@@ -51,6 +54,7 @@ class Documents:
 
     def split_decay(self, log_decay: Tensor) -> Tensor:
         """``split`` without the decays of first tokens: those would act on the document before, which is unseen."""
+        log_decay = log_decay.clamp(min=STRONGEST)
         if self.starts is not None:
             log_decay = log_decay.masked_fill(self.starts[(..., *[None] * (log_decay.ndim - 2))], 0)
         return self.split(log_decay)

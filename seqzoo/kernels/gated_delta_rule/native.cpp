@@ -27,8 +27,8 @@ constexpr int64_t SEGMENT = 512;
 constexpr int64_t BLOCK = 16;
 // Calls of at most so many tokens go token by token.
 constexpr int64_t FEW = 8;
-// e^STRONGEST is 0, and sums of STRONGEST are finite.
-constexpr double STRONGEST = -1e6;
+// A stronger decay, -inf too, leaves as little: e^STRONGEST is 0, and differences of its sums stay numbers.
+constexpr double STRONGEST = -800;
 
 enum class Decay : int64_t { none, head, channel };
 
