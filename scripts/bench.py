@@ -13,14 +13,14 @@ import functools
 import importlib
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import operator_peers as peers
 import torch
 from cost_bench import costs, peaks
 from layer_bench import layers
-from layer_cases import DTYPES as LAYER_DTYPES
+from layer_cases import DTYPES
 from operator_cases import CASES, Case, draw, operator_of, work
 from results import RESULTS
 from rich.box import SIMPLE_HEAD
@@ -40,28 +40,28 @@ from seqzoo.mixer import measure_state
 SHORT, LONG = 1024, 16384
 ROUNDS = 200
 THREADS = 2
-DTYPES = (torch.float32, torch.bfloat16)
 
 
-def machine_rates() -> dict[str, float]:
+def machine_rates(dtypes: Iterable[str]) -> dict[str, float]:
     """What this machine reaches: operations a second of large matrix products, bytes a second of a copy."""
     rates = {}
-    for dtype in DTYPES:
-        a = torch.randn(2048, 2048).to(dtype)
+    for dtype in dtypes:
+        a = torch.randn(2048, 2048).to(DTYPES[dtype])
         seconds = medians({"mm": functools.partial(torch.mm, a, a)}, 5)["mm"]
-        rates[str(dtype)] = 2 * 2048**3 / seconds
+        rates[dtype] = 2 * 2048**3 / seconds
     source = torch.empty(64 << 20)
     target = torch.empty_like(source)
     rates["copy"] = 2 * source.nbytes / medians({"copy": functools.partial(target.copy_, source)}, 5)["copy"]
     return rates
 
 
-def compare_with_peers(console: Console, length: int = 4096, only: Sequence[str] = ()) -> None:
+def compare_with_peers(
+    console: Console, length: int = 4096, only: Sequence[str] = (), dtypes: Sequence[str] = ()
+) -> None:
     """Operators against other people's PyTorch code: milliseconds, ratio of medians, and the share of the bound."""
-    rates = machine_rates()
-    products = ", ".join(
-        f"{rates[str(dtype)] / 1e9:.0f} GFLOP/s {str(dtype).removeprefix('torch.')}" for dtype in DTYPES
-    )
+    dtypes = dtypes or tuple(DTYPES)
+    rates = machine_rates(dtypes)
+    products = ", ".join(f"{rates[name] / 1e9:.0f} GFLOP/s {name}" for name in dtypes)
     console.print(f"this machine: {products}, copies at {rates['copy'] / 1e9:.0f} GB/s; batch 1, {length:,} tokens")
     table = Table(
         "operator",
@@ -77,7 +77,8 @@ def compare_with_peers(console: Console, length: int = 4096, only: Sequence[str]
     for case in CASES:
         if only and not any(word.lower() in case.name.lower() for word in only):
             continue
-        for dtype in DTYPES:
+        for precision in dtypes:
+            dtype = DTYPES[precision]
             inputs = draw(case, length, dtype)
             sides = {"seqzoo": operator_of(case)} | {peer.__name__: peer for peer in case.peers}
             truth = operator_of(case)(**draw(case, 256, torch.float32))[0]
@@ -98,12 +99,12 @@ def compare_with_peers(console: Console, length: int = 4096, only: Sequence[str]
             ahead = medians({name: forward(run, inputs) for name, run in usable.items()}, 7, PATIENCE)
             both = medians({name: forward_and_backward(run, inputs) for name, run in usable.items()}, 7, PATIENCE)
             operations, moved = work(case, inputs)
-            bound = max(operations / rates[str(dtype)], moved / rates["copy"])
+            bound = max(operations / rates[precision], moved / rates["copy"])
             for name in usable:
                 ours = name == "seqzoo"
                 table.add_row(
                     case.name if ours else "",
-                    str(dtype).removeprefix("torch.") if ours else "",
+                    precision if ours else "",
                     name,
                     f"{ahead[name] * 1e3:.1f}",
                     f"{both[name] * 1e3:.1f}",
@@ -232,8 +233,8 @@ def main() -> None:
         dest="dtypes",
         action="append",
         default=[],
-        choices=LAYER_DTYPES,
-        help="of layers and shares; both by default",
+        choices=DTYPES,
+        help="of peers, layers and shares; both by default",
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder that layers, shares and costs write to")
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a point of costs may take")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import bench
 import cost_bench
 import layer_bench
 import pytest
@@ -9,6 +12,9 @@ import results
 import share_bench
 import torch
 from layer_cases import CASES, module_side
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from seqzoo.layers import FAMILIES
 
@@ -30,6 +36,28 @@ def test_shares_are_of_the_whole(name):
     assert sum(spent.values()) == pytest.approx(1, abs=0.05)
     assert spent["operator"] > 0 and spent["products"] > 0 and spent["rest"] > 0
     assert (spent["convolution"] > 0) == ("short_conv" in layer.operators)
+
+
+def test_peers_keep_to_the_dtype_that_is_asked_for(monkeypatch, capsys):
+    timed = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            results = func(*args, **(kwargs or {}))
+            timed.update(x.dtype for x in tree_leaves((args, kwargs, results)) if isinstance(x, Tensor))
+            return results
+
+    def medians(sides, *_):
+        with Watch():
+            return {name: 1.0 for name, run in sides.items() if run() is not None}
+
+    monkeypatch.setattr(sys, "argv", ["bench.py", "peers", "--only", "short", "--length", "64", "--dtype", "float32"])
+    monkeypatch.setattr(bench, "THREADS", torch.get_num_threads())
+    monkeypatch.setattr(bench, "medians", medians)
+    bench.main()
+    assert timed == {torch.float32}
+    shown = capsys.readouterr().out
+    assert "torch_conv1d" in shown and "float32" in shown and "bfloat16" not in shown
 
 
 def test_verdicts_and_tables():

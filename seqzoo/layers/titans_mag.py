@@ -7,27 +7,13 @@ have to read them anew in front of each document, which could only change its fi
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from seqzoo.mixer import Mixer
-from seqzoo.parts.key_value_memory import KeyValueRing
-from seqzoo.parts.neural_memory import MemoryHeads, NeuralMemoryState
-from seqzoo.parts.norm import GroupRMSNorm
-from seqzoo.parts.persistent_attention import PersistentWindow
+from seqzoo.parts.titans import MemoryAndWindow, MemoryAndWindowState
 
 
-class TitansMAGState(NamedTuple):
-    """What a sequence leaves behind: the memory, and the window's keys and values."""
-
-    memory: NeuralMemoryState
-    window: KeyValueRing
-
-
-class TitansMAG(Mixer):
+class TitansMAG(MemoryAndWindow):
     """Exact look-up in a window, multiplied by what a long-term memory says of the same token.
 
         a = softmax attention over the persistent tokens and the last ``window`` ones of x
@@ -53,54 +39,14 @@ class TitansMAG(Mixer):
         ValueError: heads do not fit, or a setting is out of range.
     """
 
-    state_formula = "3·heads·head_dim²·(2·expand + (depth-2)·expand²) + (3·(conv_size-1) + 2·window)·dim + 2, depth > 1"
-    operators = ("attention", "fast_weights", "short_conv")
-    no_weight_decay = frozenset({"memory.norm_weight", "memory.norm_bias", "attention.persistent"})
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        num_heads: int = 4,
-        window: int = 64,
-        persistent: int = 4,
-        depth: int = 2,
-        expand: int = 2,
-        chunk: int = 16,
-        learning_rate: float = 0.5,
-        conv_size: int | None = 4,
-        rope_base: float | None = 10_000.0,
-        norm_eps: float = 1e-5,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.attention = PersistentWindow(
-            dim, num_heads=num_heads, window=window, persistent=persistent, rope_base=rope_base, backend=backend
-        )
-        self.memory = MemoryHeads(
-            dim,
-            num_heads=num_heads,
-            head_dim=None,
-            depth=depth,
-            expand=expand,
-            chunk=chunk,
-            learning_rate=learning_rate,
-            conv_size=conv_size,
-            norm_eps=norm_eps,
-            backend=backend,
-        )
-        self.attention_norm, self.memory_norm = (GroupRMSNorm(dim, eps=norm_eps, backend=backend) for _ in range(2))
-        self.out = nn.Linear(dim, dim, bias=False)
+    gates = True
 
     def forward(
         self,
         x: Float[Tensor, "batch time dim"],
-        state: TitansMAGState | None = None,
+        state: MemoryAndWindowState | None = None,
         starts: Bool[Tensor, "batch time"] | None = None,
-    ) -> tuple[Float[Tensor, "batch time dim"], TitansMAGState]:
+    ) -> tuple[Float[Tensor, "batch time dim"], MemoryAndWindowState]:
         near, window = self.attention(x, state and state.window, starts)
         far, memory = self.memory(x, state and state.memory, starts)
-        return self.out(self.attention_norm(near, self.memory_norm(far))), TitansMAGState(memory, window)
-
-    def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
-        return self.memory.state_bytes(dtype) + self.attention.state_bytes(dtype)
+        return self.out(self.attention_norm(near, self.memory_norm(far))), MemoryAndWindowState(memory, window)

@@ -7,27 +7,13 @@ document, which could only change its first weights, and those are learned.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from seqzoo.mixer import Mixer
-from seqzoo.parts.key_value_memory import KeyValueRing
-from seqzoo.parts.neural_memory import MemoryHeads, NeuralMemoryState
-from seqzoo.parts.norm import GroupRMSNorm
-from seqzoo.parts.persistent_attention import PersistentWindow
+from seqzoo.parts.titans import MemoryAndWindow, MemoryAndWindowState
 
 
-class TitansMALState(NamedTuple):
-    """What a sequence leaves behind: the memory, and the window's keys and values."""
-
-    memory: NeuralMemoryState
-    window: KeyValueRing
-
-
-class TitansMAL(Mixer):
+class TitansMAL(MemoryAndWindow):
     """Exact look-up in a window, whose tokens have first been read through a long-term memory.
 
         m_t = q_t + layernorm(M_t(q_t)),   M_t an MLP after steps of gradient descent, with momentum, on x up to t
@@ -52,54 +38,14 @@ class TitansMAL(Mixer):
         ValueError: heads do not fit, or a setting is out of range.
     """
 
-    state_formula = "3·heads·head_dim²·(2·expand + (depth-2)·expand²) + (3·(conv_size-1) + 2·window)·dim + 2, depth > 1"
-    operators = ("attention", "fast_weights", "short_conv")
-    no_weight_decay = frozenset({"memory.norm_weight", "memory.norm_bias", "attention.persistent"})
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        num_heads: int = 4,
-        window: int = 64,
-        persistent: int = 4,
-        depth: int = 2,
-        expand: int = 2,
-        chunk: int = 16,
-        learning_rate: float = 0.5,
-        conv_size: int | None = 4,
-        rope_base: float | None = 10_000.0,
-        norm_eps: float = 1e-5,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.attention = PersistentWindow(
-            dim, num_heads=num_heads, window=window, persistent=persistent, rope_base=rope_base, backend=backend
-        )
-        self.memory = MemoryHeads(
-            dim,
-            num_heads=num_heads,
-            head_dim=None,
-            depth=depth,
-            expand=expand,
-            chunk=chunk,
-            learning_rate=learning_rate,
-            conv_size=conv_size,
-            norm_eps=norm_eps,
-            backend=backend,
-        )
-        self.memory_norm = GroupRMSNorm(dim, eps=norm_eps, backend=backend)
-        self.out = nn.Linear(dim, dim, bias=False)
+    gates = False
 
     def forward(
         self,
         x: Float[Tensor, "batch time dim"],
-        state: TitansMALState | None = None,
+        state: MemoryAndWindowState | None = None,
         starts: Bool[Tensor, "batch time"] | None = None,
-    ) -> tuple[Float[Tensor, "batch time dim"], TitansMALState]:
+    ) -> tuple[Float[Tensor, "batch time dim"], MemoryAndWindowState]:
         far, memory = self.memory(x, state and state.memory, starts)
         y, window = self.attention(self.memory_norm(far), state and state.window, starts)
-        return self.out(y), TitansMALState(memory, window)
-
-    def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
-        return self.memory.state_bytes(dtype) + self.attention.state_bytes(dtype)
+        return self.out(y), MemoryAndWindowState(memory, window)

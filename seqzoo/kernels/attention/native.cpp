@@ -61,22 +61,14 @@ struct Group {
     // The rows of tokens [t0, t1), heads of one token together.
     void gather(const Rows<T>& x, int64_t t0, int64_t t1, T* to) const {
         const int64_t width = p.shared() * x.size;
-        for (int64_t t = t0; t < t1; t++) {
-            const T* from = x.at(b, t, g * p.shared());
-            for_each_vector<T>(width, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-                store(to + (t - t0) * width + i, load(from + i));
-            });
-        }
+        for (int64_t t = t0; t < t1; t++) copy_row(width, x.at(b, t, g * p.shared()), to + (t - t0) * width);
     }
 
     template <class From>
     void scatter(const From* from, int64_t size, int64_t t0, int64_t t1, T* x) const {
         const int64_t width = p.shared() * size;
         for (int64_t t = t0; t < t1; t++) {
-            T* to = x + ((b * p.time + t) * p.heads + g * p.shared()) * size;
-            for_each_vector<T>(width, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-                store(to + i, load(from + (t - t0) * width + i));
-            });
+            copy_row(width, from + (t - t0) * width, x + ((b * p.time + t) * p.heads + g * p.shared()) * size);
         }
     }
 };
@@ -269,11 +261,7 @@ void backward_part(const Group<T>& group, const Gradients<T>& grad, int64_t part
     for (int64_t t = 0; t < p.time; t++) {
         for (int64_t r = 0; r < shared; r++) {
             const int64_t head = group.g * shared + r, at = ((group.b * p.time + t) * p.heads + head) * p.value;
-            V total{};
-            for_each_vector<T>(p.value, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
-                total = fma(load(grad.o + at + i), load(grad.d_o + at + i), total);
-            });
-            along[t * shared + r] = sum(total);
+            along[t * shared + r] = dot(p.value, grad.o + at, grad.d_o + at);
             sums[t * shared + r] = grad.sums[(group.b * p.heads + head) * p.time + t];
         }
     }
@@ -338,13 +326,8 @@ void backward_part(const Group<T>& group, const Gradients<T>& grad, int64_t part
         }
         for (int64_t j = 0; j < count; j++) {
             const int64_t row = (group.b * p.slots + j0 + j) * p.groups + group.g;
-            auto write = [&](const W* from, T* to, int64_t size) {
-                for_each_vector<T>(size, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-                    store(to + i, load(from + i));
-                });
-            };
-            write(dk + j * p.key, grad.k + row * p.key, p.key);
-            write(dv + j * p.value, grad.v + row * p.value, p.value);
+            copy_row(p.key, dk + j * p.key, grad.k + row * p.key);
+            copy_row(p.value, dv + j * p.value, grad.v + row * p.value);
         }
     }
 }

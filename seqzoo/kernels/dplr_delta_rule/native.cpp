@@ -13,8 +13,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "interface.h"
-#include "simd.h"
+#include "heads.h"
 
 namespace seqzoo {
 namespace {
@@ -49,16 +48,14 @@ struct Inputs : Sizes {
 };
 
 template <class T>
-struct Head {
+struct Head : HeadPlace {
     using W = Wide<T>;
     const Inputs<T>& x;
-    int64_t row, head;
 
-    int64_t index() const { return row * x.heads + head; }
-    int64_t at(int64_t token) const { return (row * x.time + token) * x.heads + head; }
-    bool begins(int64_t token) const { return x.starts && x.starts[row * x.time + token]; }
+    Head(const Inputs<T>& x, int64_t index) : HeadPlace(x.time, x.heads, index), x(x) {}
+    bool begins(int64_t t) const { return x.starts && x.starts[token(t)]; }
     // Columns in a row of a state, values in whole vectors.
-    int64_t width() const { return (x.value + LANES<W> - 1) / LANES<W> * LANES<W>; }
+    int64_t width() const { return padded<W>(x.value); }
     int64_t numbers() const { return x.key * width(); }
     int64_t kept_states() const { return (x.time - 1) / SEGMENT; }
     W* kept(W* states, int64_t segment) const {
@@ -66,22 +63,11 @@ struct Head {
     }
 };
 
-template <class T>
-void copy_row(const T* from, int64_t count, Wide<T>* to, int64_t width) {
-    for_each_vector<T>(count, [&](int64_t i, auto load, auto) { store(to + i, load(from + i)); });
-    std::fill(to + count, to + width, Wide<T>(0));
-}
-
-template <class T>
-void write_row(const Wide<T>* from, int64_t count, T* to) {
-    for_each_vector<T>(count, [&](int64_t i, auto, auto store) { store(to + i, load(from + i)); });
-}
-
 // Between a state as tensors hold it and one whose rows are whole vectors.
 template <class W>
 void load_state(const W* from, int64_t key, int64_t value, int64_t width, W* to) {
     if (!from) return void(std::fill_n(to, key * width, W(0)));
-    for (int64_t i = 0; i < key; i++) copy_row(from + i * value, value, to + i * width, width);
+    for (int64_t i = 0; i < key; i++) copy_padded(value, from + i * value, width, to + i * width);
 }
 
 template <class W>
@@ -107,13 +93,13 @@ struct Token {
 
     void load(const Head<T>& head, int64_t t) {
         int64_t key = head.x.key, at = head.at(t) * key;
-        copy_row(head.x.log_decay + at, key, decay, key + LANES<W>);
+        copy_padded(key, head.x.log_decay + at, key + LANES<W>, decay);
         for (int64_t i = 0; i < key; i += LANES<W>) store(decay + i, exp(seqzoo::load(decay + i)));
-        copy_row(head.x.q + at, key, q, key);
-        copy_row(head.x.k + at, key, k, key);
-        copy_row(head.x.a + at, key, a, key);
-        copy_row(head.x.b + at, key, b, key);
-        copy_row(head.x.v + head.at(t) * head.x.value, head.x.value, v, head.width());
+        copy_row(key, head.x.q + at, q);
+        copy_row(key, head.x.k + at, k);
+        copy_row(key, head.x.a + at, a);
+        copy_row(key, head.x.b + at, b);
+        copy_padded(head.x.value, head.x.v + head.at(t) * head.x.value, head.width(), v);
     }
 };
 
@@ -192,8 +178,8 @@ void forward(const Head<T>& head, T* o, Wide<T>* last, Wide<T>* z, Wide<T>* kept
             read_state(state, key, width, token.a, read);
         }
         step<true>(token, key, width, fresh ? nullptr : state, read, state, out);
-        write_row(read, value, z + head.at(t) * value);
-        write_row(out, value, o + head.at(t) * value);
+        copy_row(value, read, z + head.at(t) * value);
+        copy_row(value, out, o + head.at(t) * value);
     }
     save_state(state, key, value, width, last + head.index() * key * value);
 }
@@ -296,7 +282,7 @@ void backward(const Head<T>& head, const Gradients<T>& d) {
 
     auto walk = [&](int64_t t, const W* from, W* to) {
         token.load(head, t);
-        copy_row(d.z + head.at(t) * value, value, read, width);
+        copy_padded(value, d.z + head.at(t) * value, width, read);
         step<false>(token, key, width, head.begins(t) ? nullptr : from, read, to, static_cast<W*>(nullptr));
     };
     load_state(d.last + head.index() * key * value, key, value, width, gradient);
@@ -318,16 +304,16 @@ void backward(const Head<T>& head, const Gradients<T>& d) {
             for (int64_t i = count - 1; i >= 0; i--) {
                 int64_t t = first + i, at = head.at(t);
                 token.load(head, t);
-                copy_row(d.z + at * value, value, read, width);
-                copy_row(d.o + at * value, value, o_grad, width);
+                copy_padded(value, d.z + at * value, width, read);
+                copy_padded(value, d.o + at * value, width, o_grad);
                 const W* previous = i ? states + (i - 1) * numbers : before;
                 step_back(token, key, width, head.begins(t) ? nullptr : previous, states + i * numbers, read, o_grad,
                           gradient, v_grad, sums);
-                write_row(v_grad, value, d.v + at * value);
+                copy_row(value, v_grad, d.v + at * value);
                 sums.write(RowSums<W>::decay, d.log_decay + at * key);
                 auto write = [&](typename RowSums<W>::Which which, T* to) {
                     sums.write(which, row);
-                    write_row(row, key, to + at * key);
+                    copy_row(key, row, to + at * key);
                 };
                 write(RowSums<W>::q, d.q);
                 write(RowSums<W>::k, d.k);
@@ -354,10 +340,8 @@ SEQZOO_EXPORT void dplr_delta_rule_forward(int64_t dtype, int64_t threads, const
         using T = decltype(kind);
         using W = Wide<T>;
         Inputs<T> x({batch, time, heads, key, value}, q, k, v, a, b, log_decay, state, starts);
-        // Waking threads up costs as much as this much arithmetic.
-        int64_t at_work = time * batch * heads * key * value < 1 << 18 ? 1 : threads;
-        parallel_for(int(at_work), batch * heads, [&](int64_t i) {
-            forward(Head<T>{x, i / heads, i % heads}, static_cast<T*>(o), static_cast<W*>(last), static_cast<W*>(z),
+        parallel_for(busy_threads(threads, time * batch * heads * key * value), batch * heads, [&](int64_t i) {
+            forward(Head<T>(x, i), static_cast<T*>(o), static_cast<W*>(last), static_cast<W*>(z),
                     static_cast<W*>(kept));
         });
     });
@@ -377,6 +361,6 @@ SEQZOO_EXPORT void dplr_delta_rule_backward(int64_t dtype, int64_t threads, cons
                        static_cast<W*>(kept),         static_cast<T*>(q_grad),          static_cast<T*>(k_grad),
                        static_cast<T*>(v_grad),       static_cast<T*>(a_grad),          static_cast<T*>(b_grad),
                        static_cast<W*>(log_decay_grad), static_cast<W*>(state_grad)};
-        parallel_for(int(threads), batch * heads, [&](int64_t i) { backward(Head<T>{x, i / heads, i % heads}, d); });
+        parallel_for(int(threads), batch * heads, [&](int64_t i) { backward(Head<T>(x, i), d); });
     });
 }

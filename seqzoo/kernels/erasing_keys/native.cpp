@@ -129,11 +129,7 @@ void backward(const Keys<T>& in, const Given<T>& given, const Gradients<T>& grad
         }
     });
     for (int which = 0; which < LEARNED; which++) {
-        W* to = grad.learned[which];
-        std::fill_n(to, width, W(0));
-        for (int64_t task = 0; task < tasks; task++) {
-            for (int64_t i = 0; i < width; i++) to[i] += all_sums[(task * LEARNED + which) * width + i];
-        }
+        sum_rows(tasks, LEARNED * width, width, all_sums + which * width, grad.learned[which]);
     }
 }
 

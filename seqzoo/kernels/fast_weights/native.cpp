@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "heads.h"
 #include "network.h"
 
 namespace seqzoo {
@@ -24,8 +25,6 @@ namespace {
 constexpr int64_t PIECE = 64;
 // Pieces between the weights that the forward keeps.
 constexpr int64_t PIECES = 32;
-// A stronger decay, -inf too, leaves as little: e^STRONGEST is 0, and differences of its sums stay numbers.
-constexpr double STRONGEST = -800;
 
 struct Layer {
     int64_t inputs;   // channels that enter
@@ -111,7 +110,7 @@ Matrix<const W> matrix(const W* data, int64_t stride) {
 template <class W>
 void back_through(int64_t size, const Layer& layer, const W* rows, const W* weights, W* to, W sign, bool accumulate) {
     constexpr int N = LANES<W>;
-    const int64_t inputs = layer.inputs, width = layer.columns, stride = detail::round_up<W>(size);
+    const int64_t inputs = layer.inputs, width = layer.columns, stride = padded<W>(size);
     W* turned = workspace<4, W>(inputs * stride);
     gemm({inputs, size, width}, matrix(weights, width), matrix(rows, width).transposed(), Matrix<W>{turned, stride},
          sign);
@@ -130,19 +129,6 @@ void back_through(int64_t size, const Layer& layer, const W* rows, const W* weig
         }
     }
 }
-
-// Hands out rows of numbers from one piece of memory; with none, only counts them.
-template <class W>
-struct Arena {
-    W* memory = nullptr;
-    int64_t used = 0;
-
-    W* take(int64_t count) {
-        W* taken = memory ? memory + used : nullptr;
-        used += (count + 15) / 16 * 16;
-        return taken;
-    }
-};
 
 // Weights of all layers, [numbers] each; null where they are zero.
 template <class W>
@@ -209,13 +195,11 @@ struct Piece {
 
 // One head of one sequence.
 template <class T>
-struct Head {
+struct Head : HeadPlace {
     using W = Wide<T>;
     const Inputs<T>& x;
-    int64_t row, head;
 
-    int64_t index() const { return row * x.heads + head; }
-    int64_t at(int64_t token) const { return (row * x.time + token) * x.heads + head; }
+    Head(const Inputs<T>& x, int64_t index) : HeadPlace(x.time, x.heads, index), x(x) {}
     const W* initial() const { return x.weights + head * x.numbers; }
     // The weights that the call was given.
     Weights<const W> given() const {
@@ -235,7 +219,7 @@ struct Heads {
     const Inputs<T>& x;
     int64_t row, begin, end;
 
-    Head<T> operator[](int64_t head) const { return {x, row, head}; }
+    Head<T> operator[](int64_t head) const { return {x, row * x.heads + head}; }
 };
 
 // Rows of a head's tokens lie far apart, each on a page of its own: ask for those of the next piece while this one is
@@ -250,34 +234,18 @@ void ask_for(const Head<T>& head, const Span* span, int64_t width, const T* rows
     }
 }
 
-template <class W>
-void exponentials(int64_t count, W* x) {
-    for_each_vector<W>(count, [&](int64_t i, auto load, auto store) { store(x + i, exp(load(x + i))); });
-}
-
 // The products of gates from token s to t, of those from s + 1 on: `pairs` is [size, size]; `totals` [size] those from
-// the piece's start, and `less_one` them less 1. Sums are in double: one strong decay would blur all differences.
+// the piece's start, and `less_one` them less 1.
 template <class T>
 void decays(const Head<T>& head, const Span& span, const Wide<T>* log, Wide<T>* pairs, Wide<T>* totals,
             Wide<T>* less_one) {
     using W = Wide<T>;
     const int64_t n = span.size;
-    double total[PIECE], sum = 0;
-    for (int64_t i = 0; i < n; i++) {
-        sum += std::max(double(log[head.at(span.begin + i)]), STRONGEST);
-        total[i] = sum;
-        totals[i] = W(sum);
-    }
+    decays_between<PIECE>(n, [&](int64_t i) { return log[head.at(span.begin + i)]; }, pairs, n, totals);
     if (less_one) {
         for_each_vector<W>(n, [&](int64_t i, auto load, auto store) { store(less_one + i, expm1(load(totals + i))); });
     }
     exponentials(n, totals);
-    for (int64_t i = 0; i < n; i++) {
-        W* row = pairs + i * n;
-        for (int64_t j = 0; j <= i; j++) row[j] = W(total[i] - total[j]);
-        exponentials(i + 1, row);
-        std::fill(row + i + 1, row + n, W(0));
-    }
 }
 
 template <class T>
@@ -316,7 +284,7 @@ template <class T>
 void gather(const Head<T>& head, const Span& span, const T* from, Wide<T>* to) {
     const Layer& layer = head.x.layers[0];
     for (int64_t i = 0; i < span.size; i++) {
-        scaled(layer.inputs, Wide<T>(1), from + head.at(span.begin + i) * layer.inputs, to + i * layer.rows);
+        copy_row(layer.inputs, from + head.at(span.begin + i) * layer.inputs, to + i * layer.rows);
     }
     put_ones(layer, span.size, to);
 }
@@ -501,7 +469,7 @@ void read(const Head<T>& head, const Piece<T>& c, Reading<T>& r) {
         });
         for (int64_t i = 0; i < n; i++) {
             W* to = r.leaving + i * width;
-            scaled(width, W(1), inside.of_anchor + i * width, to);
+            copy_row(width, inside.of_anchor + i * width, to);
             if (x.log_keep) add_scaled(width, g.alpha[i], inside.of_anchor + i * width, to);
             if (c.before.change) add_scaled(width, g.gamma[i], inside.of_change + i * width, to);
             if (c.before.momentum) add_scaled(width, -g.delta[i], inside.of_momentum + i * width, to);
@@ -553,7 +521,7 @@ void forward_segment(const Head<T>& head, const Span* begin, const Span* end, Pi
             const int64_t at = head.at(span->begin + i) * value;
             const W* out = r.leaving + i * value;
             if (!x.norm_weight) {
-                scaled(value, W(1), out, y.o + at);
+                copy_row(value, out, y.o + at);
                 continue;
             }
             const W *scale = head.norm_weight(), *bias = head.norm_bias();
@@ -749,7 +717,7 @@ void unread(const Head<T>& head, const Piece<T>& c, Reading<T>& r, PieceGradient
         const T* given = all.o + head.at(c.span.begin + i) * value;
         W *row = out + i * value, *unit = r.leaving + i * value;
         if (!x.norm_weight) {
-            scaled(value, W(1), given, row);
+            copy_row(value, given, row);
             continue;
         }
         const W* scale = head.norm_weight();
@@ -823,7 +791,7 @@ void unread(const Head<T>& head, const Piece<T>& c, Reading<T>& r, PieceGradient
         const int64_t at = head.at(c.span.begin + i);
         const W* row = into + i * x.key;
         if (!x.norm_weight) {
-            scaled(x.key, W(1), row, all.q + at * x.key);
+            copy_row(x.key, row, all.q + at * x.key);
             continue;
         }
         for_each_vector<T>(value, [&](int64_t o, auto load, auto store) {
@@ -883,7 +851,7 @@ void unlearn(const Head<T>& head, const Piece<T>& c, PieceGradients<T>& d, const
             store(row + o, y * factor - spread * (load(row + o) * of_unit + load(wrong + o) * of_row));
             store(of_wrong + o, -y);
         });
-        scaled(value, W(1), of_wrong, all.v + at * value);
+        copy_row(value, of_wrong, all.v + at * value);
         normalize_back(value, spread, unit, row, row);
         add_scaled(value, -spread * rate * along / W(value), unit, row);
     }
@@ -903,7 +871,7 @@ void unlearn(const Head<T>& head, const Piece<T>& c, PieceGradients<T>& d, const
         });
     }
     for (int64_t i = 0; i < n; i++) {
-        scaled(x.key, W(1), d.layers[0].entering + i * x.key, all.k + head.at(c.span.begin + i) * x.key);
+        copy_row(x.key, d.layers[0].entering + i * x.key, all.k + head.at(c.span.begin + i) * x.key);
     }
 }
 
@@ -1083,8 +1051,7 @@ void backward(const Heads<T>& heads, const Gradients<T>& d) {
 // Call run(heads) for the heads of all sequences, in as many groups as keep all threads busy.
 template <class T, class Run>
 void for_all_heads(int64_t threads, const Inputs<T>& x, Run run) {
-    // Waking threads up costs as much as this much arithmetic.
-    if (x.time * x.batch * x.heads * x.numbers < 1 << 18) threads = 1;
+    threads = busy_threads(threads, x.time * x.batch * x.heads * x.numbers);
     const int64_t groups = threads == 1 ? 1 : std::min(x.heads, (4 * threads + x.batch - 1) / x.batch);
     parallel_for(int(threads), x.batch * groups, [&](int64_t task) {
         const int64_t group = task % groups;

@@ -9,19 +9,6 @@
 
 namespace seqzoo {
 
-template <class W>
-W dot(int64_t count, const W* a, const W* b) {
-    Vec<W> total{};
-    for_each_vector<W>(count, [&](int64_t i, auto load, auto) { total = fma(load(a + i), load(b + i), total); });
-    return sum(total);
-}
-
-// to = factor from
-template <class W, class From, class To>
-void scaled(int64_t count, W factor, const From* from, To* to) {
-    for_each_vector<To>(count, [&](int64_t i, auto load, auto store) { store(to + i, load(from + i) * factor); });
-}
-
 // to += factor from
 template <class W>
 void add_scaled(int64_t count, W factor, const W* from, W* to) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "heads.h"
 
 namespace seqzoo {
 namespace {
@@ -27,8 +28,6 @@ constexpr int64_t SEGMENT = 512;
 constexpr int64_t BLOCK = 16;
 // Calls of at most so many tokens go token by token.
 constexpr int64_t FEW = 8;
-// A stronger decay, -inf too, leaves as little: e^STRONGEST is 0, and differences of its sums stay numbers.
-constexpr double STRONGEST = -800;
 
 enum class Decay : int64_t { none, head, channel };
 
@@ -41,26 +40,23 @@ struct Inputs {
     const W *log_decay, *beta, *state;
     const uint8_t* starts;
 
-    bool begins(int64_t row, int64_t token) const { return starts && starts[row * time + token]; }
     int64_t chunk() const { return std::clamp(key, SHORTEST_CHUNK, CHUNK); }
 };
 
 // One head of one sequence.
 template <class T>
-struct Head {
+struct Head : HeadPlace {
     using W = Wide<T>;
     const Inputs<T>& x;
-    int64_t row, head;
 
-    int64_t index() const { return row * x.heads + head; }
-    int64_t at(int64_t token) const { return (row * x.time + token) * x.heads + head; }
-    const T* shared(const T* from, int64_t token) const {
-        return from + ((row * x.time + token) * x.groups + head / (x.heads / x.groups)) * x.key;
+    Head(const Inputs<T>& x, int64_t index) : HeadPlace(x.time, x.heads, index), x(x) {}
+    const T* shared(const T* from, int64_t t) const {
+        return from + (token(t) * x.groups + head / (x.heads / x.groups)) * x.key;
     }
-    bool begins(int64_t token) const { return x.begins(row, token); }
-    W beta(int64_t token) const { return x.beta[at(token)]; }
-    Matrix<const T> values(const T* of, int64_t token) const { return {of + at(token) * x.value, x.heads * x.value}; }
-    Matrix<T> values(T* of, int64_t token) const { return {of + at(token) * x.value, x.heads * x.value}; }
+    bool begins(int64_t t) const { return x.starts && x.starts[token(t)]; }
+    W beta(int64_t t) const { return x.beta[at(t)]; }
+    Matrix<const T> values(const T* of, int64_t t) const { return {of + at(t) * x.value, x.heads * x.value}; }
+    Matrix<T> values(T* of, int64_t t) const { return {of + at(t) * x.value, x.heads * x.value}; }
 
     // The first token of the segment or document that holds the token before `end`.
     int64_t run_before(int64_t end) const {
@@ -84,19 +80,6 @@ void product(Sizes sizes, Matrix<A> a, Matrix<B> b, Matrix<Wide<T>> c, Wide<T> a
     constexpr Precision precision = std::is_same_v<T, bfloat16> ? Precision::bf16 : Precision::full;
     gemm<precision>(sizes, a, b, c, std::common_type_t<Wide<T>>(alpha), accumulate);
 }
-
-// Hands out rows of numbers from one piece of memory.
-template <class W>
-struct Arena {
-    W* memory = nullptr;
-    int64_t used = 0;
-
-    W* take(int64_t count) {
-        W* taken = memory + used;
-        used += (count + 15) / 16 * 16;
-        return taken;
-    }
-};
 
 // What a chunk's tokens have to do with each other and with the state: rows of tokens, `size` of them in use.
 template <class T>
@@ -148,24 +131,6 @@ struct Chunk {
     const W* overlaps() const { return products + size * CHUNK; }
 };
 
-template <class W>
-void exponentials(int64_t count, W* x) {
-    for_each_vector<W>(count, [&](int64_t i, auto load, auto store) { store(x + i, exp(load(x + i))); });
-}
-
-template <class W>
-W dot(int64_t count, const W* a, const W* b) {
-    Vec<W> total{};
-    for_each_vector<W>(count, [&](int64_t i, auto load, auto) { total = fma(load(a + i), load(b + i), total); });
-    return sum(total);
-}
-
-// to = factor from
-template <class W, class T, class To>
-void scaled(int64_t count, W factor, const T* from, To* to) {
-    for_each_vector<W>(count, [&](int64_t i, auto load, auto store) { store(to + i, load(from + i) * factor); });
-}
-
 // Queries, then keys, of a chunk: [2 size, key].
 template <class T>
 T* gather(const Head<T>& head, int64_t begin, int64_t size) {
@@ -182,22 +147,8 @@ template <class T>
 void relate_by_head(const Head<T>& head, Chunk<T>& c, const T* rows) {
     using W = Wide<T>;
     int64_t n = c.size, key = head.x.key;
-    // In double, so that one strong decay does not blur the differences after it.
-    double total[CHUNK] = {};
-    if (head.x.decay == Decay::head) {
-        double so_far = 0;
-        for (int64_t i = 0; i < n; i++) {
-            so_far += std::max(double(head.x.log_decay[head.at(c.begin + i)]), STRONGEST);
-            total[i] = so_far;
-        }
-    }
-    for (int64_t i = 0; i < n; i++) {
-        c.from_start[i] = W(total[i]);
-        W* row = c.decays + i * CHUNK;
-        for (int64_t j = 0; j <= i; j++) row[j] = W(total[i] - total[j]);
-        exponentials(i + 1, row);
-        std::fill(row + i + 1, row + CHUNK, W(0));
-    }
+    auto log = [&](int64_t i) { return head.x.decay == Decay::head ? head.x.log_decay[head.at(c.begin + i)] : W(0); };
+    decays_between<CHUNK>(n, log, c.decays, CHUNK, c.from_start);
     exponentials(n, c.from_start);
     const W* to_end = c.decays + (n - 1) * CHUNK;
 
@@ -359,7 +310,7 @@ void forward_in_chunks(const Head<T>& head, const Outputs<T>& y) {
             product<T>({c.size, x.value, c.size}, Matrix<const W>{c.scores(), CHUNK}, Matrix<const W>{c.news, x.value},
                        Matrix<W>{read, x.value}, 1, true);
             Matrix<T> o = head.values(y.o, c.begin);
-            for (int64_t i = 0; i < c.size; i++) scaled(x.value, W(1), read + i * x.value, o.data + i * o.stride);
+            for (int64_t i = 0; i < c.size; i++) copy_row(x.value, read + i * x.value, o.data + i * o.stride);
             write(head, c, state);
         }
     }
@@ -558,7 +509,7 @@ void chunk_backward(const Head<T>& head, const Chunk<T>& c, const Gradients<T>& 
 
     // `outputs`: gradients of o, then of (I + M) N, of which N's is below.
     Matrix<const T> o = head.values(d.o, c.begin);
-    for (int64_t i = 0; i < n; i++) scaled(value, W(1), o.data + i * o.stride, outputs + i * value);
+    for (int64_t i = 0; i < n; i++) copy_row(value, o.data + i * o.stride, outputs + i * value);
     Matrix<W> of_news{news, value}, solved{outputs + n * value, value};
     product<T>({n, value, n}, Matrix<const W>{c.scores(), CHUNK}.transposed(), both_gradients, of_news);
     product<T>({n, value, key}, writes, leaving_gradient, of_news, 1, true);
@@ -592,8 +543,8 @@ void chunk_backward(const Head<T>& head, const Chunk<T>& c, const Gradients<T>& 
     }
     for (int64_t i = 0; i < n; i++) {
         int64_t at = head.at(c.begin + i) * key;
-        scaled(key, W(1), each.rows + i * key, d.q + at);
-        scaled(key, W(1), each.rows + (n + i) * key, d.k + at);
+        copy_row(key, each.rows + i * key, d.q + at);
+        copy_row(key, each.rows + (n + i) * key, d.k + at);
     }
 }
 
@@ -659,8 +610,8 @@ void forward_by_token(const Head<T>& head, const Outputs<T>& y) {
         } else {
             std::fill_n(decay, key, x.decay == Decay::head ? std::exp(x.log_decay[at]) : W(1));
         }
-        scaled(key, W(1), head.shared(x.q, t), q);
-        scaled(key, W(1), head.shared(x.k, t), k);
+        copy_row(key, head.shared(x.q, t), q);
+        copy_row(key, head.shared(x.k, t), k);
         if (head.begins(t)) from = nullptr;
         W beta = x.beta[at];
         for_each_vector<W>(value, [&](int64_t o, auto load, auto store) {
@@ -681,10 +632,9 @@ void forward_by_token(const Head<T>& head, const Outputs<T>& y) {
 
 template <class T>
 void run_forward(int64_t threads, const Inputs<T>& x, const Outputs<T>& y) {
-    // Waking threads up costs as much as this much arithmetic.
-    if (x.time * x.batch * x.heads * x.key * x.value < 1 << 18) threads = 1;
-    parallel_for(int(threads), x.batch * x.heads, [&](int64_t i) {
-        Head<T> head{x, i / x.heads, i % x.heads};
+    int64_t heads = x.batch * x.heads;
+    parallel_for(busy_threads(threads, x.time * heads * x.key * x.value), heads, [&](int64_t i) {
+        Head<T> head(x, i);
         x.time <= FEW ? forward_by_token(head, y) : forward_in_chunks(head, y);
     });
 }
@@ -730,8 +680,6 @@ SEQZOO_EXPORT void gated_delta_rule_backward(int64_t dtype, int64_t threads, con
         Gradients<T> d{static_cast<const T*>(o_grad), static_cast<const W*>(last_grad), static_cast<const W*>(kept),
                        static_cast<T*>(q_grad), static_cast<T*>(k_grad), static_cast<T*>(v_grad),
                        static_cast<W*>(log_decay_grad), static_cast<W*>(beta_grad), static_cast<W*>(state_grad)};
-        parallel_for(int(threads), batch * heads, [&](int64_t i) {
-            backward(Head<T>{x, i / heads, i % heads}, d);
-        });
+        parallel_for(int(threads), batch * heads, [&](int64_t i) { backward(Head<T>(x, i), d); });
     });
 }

@@ -20,13 +20,12 @@
 #include <cstdint>
 
 #include "gemm.h"
+#include "heads.h"
 #include "problem.h"
 
 namespace linear_attention {
 
 constexpr int64_t CHUNK = 64;
-// A stronger decay, -inf too, leaves as little: e^STRONGEST is 0, and differences of its sums stay numbers.
-constexpr double STRONGEST = -800;
 // Chunks of one span, whose entering states the backward holds at once.
 constexpr int64_t CHUNKS = SPAN / CHUNK;
 
@@ -127,19 +126,6 @@ struct ChunkDecay {
     }
 };
 
-template <class W>
-void scale_row(W* row, int64_t count, W factor) {
-    Vec<W> by = broadcast<Vec<W>>(factor);
-    for_each_vector<W>(count, [&](int64_t i, auto load, auto store) { store(row + i, load(row + i) * by); });
-}
-
-// to = factor * from
-template <class W, class T>
-void scaled_row(const T* from, int64_t count, W factor, W* to) {
-    Vec<W> by = broadcast<Vec<W>>(factor);
-    for_each_vector<T>(count, [&](int64_t i, auto load, auto store) { store(to + i, load(from + i) * by); });
-}
-
 // to += factor * from; returns the dot product of `from` with `with`.
 template <class W, class T>
 W add_row(const W* from, int64_t count, W factor, W* to, const T* with) {
@@ -162,11 +148,14 @@ void advance(const Block<T>& block, int64_t chunk, Wide<T>* states, Wide<T>* wei
     for (int64_t n = 0; n < block.count; n++) {
         decay.load(p, block.b, block.first_head + n, token, size);
         for (int64_t i = 0; i < size; i++) {
-            scaled_row(p.v + block.at_value(token + i, block.first_head + n), p.value, decay.to_end[i],
-                       weighted + i * columns + n * p.value);
+            scaled(p.value, decay.to_end[i], p.v + block.at_value(token + i, block.first_head + n),
+                   weighted + i * columns + n * p.value);
         }
         if (decay.over == 1) continue;
-        for (int64_t c = 0; c < p.key; c++) scale_row(states + c * columns + n * p.value, p.value, decay.over);
+        for (int64_t c = 0; c < p.key; c++) {
+            W* row = states + c * columns + n * p.value;
+            scaled(p.value, decay.over, row, row);
+        }
     }
     block.multiply({p.key, columns, size}, block.keys(token).transposed(), Matrix{weighted, columns},
                    Matrix{states, columns}, true);
@@ -199,11 +188,13 @@ void forward_block(const Block<T>& block, T* o, Wide<T>* last, Wide<T>* kept) {
             decay.between(scores);
             multiply_elements(products, scores, size, scores);
             W* mine = out + n * p.value;
-            for (int64_t i = 0; i < size; i++) scale_row(mine + i * columns, p.value, decay.from_start[i]);
+            for (int64_t i = 0; i < size; i++) {
+                scaled(p.value, decay.from_start[i], mine + i * columns, mine + i * columns);
+            }
             block.multiply({size, p.value, size}, Matrix{scores, CHUNK}, block.rows_of_head(p.v, token, head),
                            Matrix{mine, columns}, true);
             for (int64_t i = 0; i < size; i++) {
-                store_row(mine + i * columns, p.value, o + block.at_value(token + i, head));
+                copy_row(p.value, mine + i * columns, o + block.at_value(token + i, head));
             }
         }
         advance(block, chunk, states, weighted);
@@ -234,11 +225,11 @@ struct KeyGradients {
 
     void store(int64_t place, const Wide<T>* dq, const Wide<T>* dk, int64_t count) const {
         if (q_part) {
-            store_row(dq, count, q_part + place);
-            store_row(dk, count, k_part + place);
+            copy_row(count, dq, q_part + place);
+            copy_row(count, dk, k_part + place);
         } else {
-            store_row(dq, count, q + place);
-            store_row(dk, count, k + place);
+            copy_row(count, dq, q + place);
+            copy_row(count, dk, k + place);
         }
     }
 };
@@ -290,11 +281,13 @@ void backward_block(const Block<T>& block, const T* o_grad, const Wide<T>* last_
                 auto v = block.rows_of_head(p.v, token, head), gradient = block.rows_of_head(o_grad, token, head);
                 W *my_dv = dv + n * p.value, *my_past = past + n * p.value, *my_future = future + n * p.value;
 
-                for (int64_t i = 0; i < size; i++) scale_row(my_dv + i * columns, p.value, decay.to_end[i]);
+                for (int64_t i = 0; i < size; i++) {
+                    scaled(p.value, decay.to_end[i], my_dv + i * columns, my_dv + i * columns);
+                }
                 block.multiply({size, p.value, size}, Matrix{scores, CHUNK}.transposed(), gradient,
                                Matrix{my_dv, columns}, true);
                 for (int64_t i = 0; i < size; i++) {
-                    store_row(my_dv + i * columns, p.value, to.v + block.at_value(token + i, head));
+                    copy_row(p.value, my_dv + i * columns, to.v + block.at_value(token + i, head));
                 }
 
                 block.multiply({size, size, p.value}, gradient, v.transposed(), Matrix{x, CHUNK});
@@ -346,8 +339,8 @@ void backward_block(const Block<T>& block, const T* o_grad, const Wide<T>* last_
                     }
                 }
                 for (int64_t i = 0; i < size; i++) {
-                    scaled_row(o_grad + block.at_value(token + i, head), p.value, decay.from_start[i],
-                               weighted + i * columns + n * p.value);
+                    scaled(p.value, decay.from_start[i], o_grad + block.at_value(token + i, head),
+                           weighted + i * columns + n * p.value);
                 }
             }
             block.multiply({size, p.key, size}, Matrix{summed, CHUNK}, block.keys(token), Matrix{dq, p.key}, true);
@@ -403,7 +396,7 @@ void chunks_backward(int64_t threads, const Problem<T>& p, int64_t blocks, const
             for_each_vector<W>(
                 count, [&](int64_t i, auto load, auto store) { store(sums + i, load(sums + i) + load(more + i)); });
         }
-        store_row(sums, count, (index % 2 ? to.k : to.q) + begin);
+        copy_row(count, sums, (index % 2 ? to.k : to.q) + begin);
     });
 }
 

@@ -1,7 +1,6 @@
-// What the kernels of this folder share: the inputs of one call, where its gradients go, and rows of numbers.
+// What the kernels of this folder share: the inputs of one call, and where its gradients go.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "interface.h"
@@ -55,23 +54,5 @@ struct Gradients {
     T *q, *k, *v;
     Wide<T>*log_decay, *bonus, *state;
 };
-
-template <class T>
-void load_row(const T* from, int64_t count, Wide<T>* to, int64_t stride) {
-    for_each_vector<T>(count, [&](int64_t i, auto load, auto) { store(to + i, load(from + i)); });
-    std::fill(to + count, to + stride, Wide<T>(0));
-}
-
-template <class T>
-void store_row(const Wide<T>* from, int64_t count, T* to) {
-    for_each_vector<T>(count, [&](int64_t i, auto, auto store) { store(to + i, seqzoo::load(from + i)); });
-}
-
-template <class W>
-W dot(const W* a, const W* b, int64_t padded_count) {
-    Vec<W> total{};
-    for (int64_t i = 0; i < padded_count; i += LANES<W>) total = fma(load(a + i), load(b + i), total);
-    return sum(total);
-}
 
 }  // namespace linear_attention

@@ -29,11 +29,6 @@ constexpr int64_t STRETCH = 64, ANCHOR = 16;
 enum class Decay { none, rows, columns };
 enum class Read { never, before_writing, after_writing };
 
-template <class W>
-int64_t padded(int64_t size) {
-    return (size + LANES<W> - 1) / LANES<W> * LANES<W>;
-}
-
 // One row a step, padded with zeros to whole vectors.
 template <class W>
 struct Rows {
@@ -181,11 +176,11 @@ struct Heads {
     // Keys and values are written, queries and gradients of outputs are read with.
     void load_keys(const T* from, bool written, int64_t step, int64_t steps, const Operand<W>& to) const {
         load(written, step, steps, to,
-             [&](int64_t token, int64_t n, W* row) { load_row(from + at_key(token, n), p.key, row, to.stride); });
+             [&](int64_t token, int64_t n, W* row) { copy_padded(p.key, from + at_key(token, n), to.stride, row); });
     }
     void load_values(const T* from, bool written, int64_t step, int64_t steps, const Operand<W>& to) const {
         load(written, step, steps, to,
-             [&](int64_t token, int64_t n, W* row) { load_row(from + at_value(token, n), p.value, row, to.stride); });
+             [&](int64_t t, int64_t n, W* row) { copy_padded(p.value, from + at_value(t, n), to.stride, row); });
     }
     // e^g of each step, and of the one after the last.
     void load_decays(int64_t step, int64_t steps, const Operand<W>& to) const {
@@ -199,7 +194,7 @@ struct Heads {
                 } else if (!p.per_channel) {
                     std::fill_n(row, to.stride, exp(broadcast<Vec<W>>(p.log_decay[at]))[0]);
                 } else {
-                    load_row(p.log_decay + at * p.key, p.key, row, to.stride);
+                    copy_padded(p.key, p.log_decay + at * p.key, to.stride, row);
                     for (int64_t c = 0; c < to.stride; c += LANES<W>) store(row + c, exp(seqzoo::load(row + c)));
                 }
             }
@@ -220,11 +215,7 @@ struct Heads {
     }
     // The product of a token's value with the gradient of its output.
     W own_gradient(const T* o_grad, int64_t token, int64_t n) const {
-        const T *v = p.v + at_value(token, n), *gradient = o_grad + at_value(token, n);
-        Vec<W> total{};
-        for_each_vector<T>(p.value,
-                           [&](int64_t c, auto load, auto) { total = fma(load(v + c), load(gradient + c), total); });
-        return sum(total);
+        return dot(p.value, p.v + at_value(token, n), o_grad + at_value(token, n));
     }
 
  private:
@@ -249,12 +240,12 @@ template <class W>
 void load_tile(const W* from, int64_t rows, int64_t columns, int64_t column, int64_t width, W* to) {
     int64_t stride = padded<W>(width);
     if (!from) return void(std::fill_n(to, rows * stride, W(0)));
-    for (int64_t r = 0; r < rows; r++) load_row(from + r * columns + column, width, to + r * stride, stride);
+    for (int64_t r = 0; r < rows; r++) copy_padded(width, from + r * columns + column, stride, to + r * stride);
 }
 
 template <class W>
 void store_tile(const W* from, int64_t rows, int64_t columns, int64_t column, int64_t width, W* to) {
-    for (int64_t r = 0; r < rows; r++) store_row(from + r * padded<W>(width), width, to + r * columns + column);
+    for (int64_t r = 0; r < rows; r++) copy_row(width, from + r * padded<W>(width), to + r * columns + column);
 }
 
 // One tile of the transpose of a state [columns, rows].
@@ -340,7 +331,7 @@ void forward_heads(const Heads<T>& heads, T* o, Wide<T>* last, Wide<T>* kept) {
                         store(row + c, fma(own, load(p.v + place + c), seqzoo::load(row + c)));
                     });
                 }
-                store_row(row, width, o + place);
+                copy_row(width, row, o + place);
             });
         }
     }
@@ -487,7 +478,7 @@ void backward_heads(const Heads<T>& heads, const T* o_grad, const Wide<T>* last_
                 for (int64_t n = 0; n < count; n++) {
                     // Sums over the heads of a group gather in its first head.
                     int64_t main = n / shared * shared;
-                    V own = broadcast<V>(dot(v[n][i], gradient[n][i], values));
+                    V own = broadcast<V>(dot(values, v[n][i], gradient[n][i]));
                     W read_own = 0, written_own = 0;
                     if (p.bonus && reader < p.time) read_own = heads.own_gradient(o_grad, reader, n);
                     if (p.bonus && writer >= 0) written_own = heads.own_gradient(o_grad, writer, n);
@@ -522,14 +513,14 @@ void backward_heads(const Heads<T>& heads, const T* o_grad, const Wide<T>* last_
                         }
                         bool complete = n + 1 == main + shared;
                         if (complete && reader < p.time) {
-                            store_row(dq[main][i] + column, width, to.q + heads.at_key(reader, n) + column);
+                            copy_row(width, dq[main][i] + column, to.q + heads.at_key(reader, n) + column);
                         }
                         if (complete && writer >= 0) {
-                            store_row(dk[main][i] + column, width, to.k + heads.at_key(writer, n) + column);
+                            copy_row(width, dk[main][i] + column, to.k + heads.at_key(writer, n) + column);
                         }
                         if (p.log_decay && writer >= 0) {
                             int64_t place = ((heads.b * p.time + writer) * p.heads + heads.first + n) * p.key + column;
-                            store_row(change[n][i] + column, width, to.log_decay + place);
+                            copy_row(width, change[n][i] + column, to.log_decay + place);
                         }
                     });
                     if (writer < 0) continue;
@@ -543,7 +534,7 @@ void backward_heads(const Heads<T>& heads, const T* o_grad, const Wide<T>* last_
                                 store(row + c, fma(broadcast<V>(weight), own_gradient, seqzoo::load(row + c)));
                             });
                         }
-                        store_row(row, width, to.v + place);
+                        copy_row(width, row, to.v + place);
                     });
                 }
             }

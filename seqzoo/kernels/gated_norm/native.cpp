@@ -146,14 +146,8 @@ void backward(const Norm<T>& norm, const Gradients<T>& grad, int64_t threads) {
             });
         }
     });
-    for (int which = 0; which < 2; which++) {
-        W* to = which ? grad.bias : grad.weight;
-        if (!to) continue;
-        std::fill_n(to, learned, W(0));
-        for (int64_t task = 0; task < tasks; task++) {
-            for (int64_t i = 0; i < learned; i++) to[i] += all_sums[(task * 2 + which) * learned + i];
-        }
-    }
+    if (grad.weight) sum_rows(tasks, 2 * learned, learned, all_sums, grad.weight);
+    if (grad.bias) sum_rows(tasks, 2 * learned, learned, all_sums + learned, grad.bias);
 }
 
 // Call body with the activation and whether the gate comes first, as compile-time constants.

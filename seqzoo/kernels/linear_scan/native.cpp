@@ -17,20 +17,6 @@ struct Sizes {
     int64_t batch, time, width;
 };
 
-template <class T>
-SEQZOO_INLINE Vec<Wide<T>> load_up_to(const T* from, int count) {
-    return count == LANES<T> ? load(from) : load_first(from, count);
-}
-
-template <class T>
-SEQZOO_INLINE void store_up_to(T* to, Vec<Wide<T>> x, int count) {
-    if (count == LANES<T>) {
-        store(to, x);
-    } else {
-        store_first(to, x, count);
-    }
-}
-
 template <class V, size_t... I>
 SEQZOO_INLINE V multiply_pairs(V a, V x, Lane<V> sign, std::index_sequence<I...>) {
     V signs{(I % 2 ? sign : -sign)...};

@@ -50,7 +50,7 @@ def compile_library(
     """Compile ``sources`` into the shared ``library``.
 
     Args:
-        sources: C++ files; ``simd.h``, ``gemm.h`` and ``interface.h`` are found as ``seqzoo/kernels/native`` has them.
+        sources: C++ files; the headers of ``seqzoo/kernels/native`` are found.
         library: where to write it.
         flags: added to the compiler's, for example those of an instruction set.
         objects: a folder that keeps what was compiled: sources that have not changed since are not compiled again.

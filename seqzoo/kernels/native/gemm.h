@@ -214,19 +214,9 @@ void transpose(int64_t rows, int64_t columns, Row row, Lane<V>* to, int64_t stri
     }
 }
 
-template <class T>
-SEQZOO_INLINE Vec<Wide<T>> load_row(const T* from, int64_t left) {
-    return left >= LANES<T> ? load(from) : load_first(from, int(left));
-}
-
-template <class T>
-SEQZOO_INLINE int64_t round_up(int64_t count) {
-    return (count + LANES<T> - 1) / LANES<T> * LANES<T>;
-}
-
 #ifdef __AVX512BF16__
 SEQZOO_INLINE __m256i rounded(const float* from, int64_t left) {
-    return bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(load_row(from, left))));
+    return bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(load_up_to(from, left))));
 }
 
 SEQZOO_INLINE __m256i rounded(const bfloat16* from, int64_t left) {
@@ -264,10 +254,10 @@ void pack_pairs_down(int64_t depth, int64_t columns, Matrix<const T> from, uint3
 
 template <class A, class B>
 void gemm_pairs(Sizes sizes, Matrix<const A> a, Matrix<const B> b, Matrix<float> c, float alpha, bool accumulate) {
-    int64_t pairs = (sizes.depth + 1) / 2, row_pairs = round_up<float>(pairs), width = round_up<float>(sizes.columns);
+    int64_t pairs = (sizes.depth + 1) / 2, row_pairs = padded<float>(pairs), width = padded<float>(sizes.columns);
     LeftPanel<uint32_t> left;
     if (a.flipped) {
-        int64_t stride = round_up<float>(sizes.rows);
+        int64_t stride = padded<float>(sizes.rows);
         uint32_t* packed = workspace<100, uint32_t>(pairs * stride);
         pack_pairs_down(sizes.depth, sizes.rows, a, packed, stride);
         left = {packed, 1, stride};
@@ -298,11 +288,11 @@ void gemm_pairs(Sizes sizes, Matrix<const A> a, Matrix<const B> b, Matrix<float>
 template <int SLOT, class T>
 Matrix<const float> rounded_copy(int64_t rows, int64_t columns, Matrix<const T> from) {
     if (from.flipped) std::swap(rows, columns);
-    int64_t stride = round_up<float>(columns);
+    int64_t stride = padded<float>(columns);
     float* copy = workspace<SLOT, float>(rows * stride);
     for (int64_t i = 0; i < rows; i++) {
         for (int64_t j = 0; j < columns; j += LANES<float>) {
-            store(copy + i * stride + j, widen(narrow(load_row(from.data + i * from.stride + j, columns - j))));
+            store(copy + i * stride + j, widen(narrow(load_up_to(from.data + i * from.stride + j, columns - j))));
         }
     }
     return {copy, stride, from.flipped};
@@ -313,18 +303,18 @@ void gemm_full(Sizes sizes, Matrix<const T> a, Matrix<const T> b, Matrix<T> c, T
     const T* right = b.data;
     int64_t width = b.stride;
     if (b.flipped || sizes.columns % LANES<T>) {
-        width = round_up<T>(sizes.columns);
+        width = padded<T>(sizes.columns);
         T* packed = workspace<100, T>(sizes.depth * width);
         right = packed;
         if (b.flipped) {
             auto row = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
-                return load_row(b.data + i * b.stride + j, sizes.depth - j);
+                return load_up_to(b.data + i * b.stride + j, sizes.depth - j);
             };
             transpose<Vec<T>>(sizes.columns, sizes.depth, row, packed, width);
         } else {
             for (int64_t k = 0; k < sizes.depth; k++) {
                 for (int64_t j = 0; j < sizes.columns; j += LANES<T>) {
-                    store(packed + k * width + j, load_row(b.data + k * b.stride + j, sizes.columns - j));
+                    store(packed + k * width + j, load_up_to(b.data + k * b.stride + j, sizes.columns - j));
                 }
             }
         }

@@ -64,6 +64,12 @@ using Lane = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<V&>(
 template <class T>
 constexpr int LANES = VECTOR_BYTES / int(sizeof(Wide<T>));
 
+// So many numbers, up to whole vectors of them.
+template <class T>
+SEQZOO_INLINE int64_t padded(int64_t count) {
+    return (count + LANES<T> - 1) / LANES<T> * LANES<T>;
+}
+
 template <class To, class From>
 SEQZOO_INLINE To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From));
@@ -233,6 +239,42 @@ SEQZOO_INLINE void for_each_vector(int64_t count, Body body) {
     }
 }
 
+// Rows of `count` numbers. What is read and what is written may differ in type, if not once loaded; `to` may be `from`.
+
+template <class From, class To>
+SEQZOO_INLINE void copy_row(int64_t count, const From* from, To* to) {
+    for_each_vector<From>(count, [&](int64_t i, auto load, auto store) { store(to + i, load(from + i)); });
+}
+
+// With zeros after it, up to `width`.
+template <class From, class To>
+void copy_padded(int64_t count, const From* from, int64_t width, To* to) {
+    copy_row(count, from, to);
+    for (int64_t i = count; i < width; i++) to[i] = To{};
+}
+
+// to = factor from
+template <class From, class To>
+SEQZOO_INLINE void scaled(int64_t count, Wide<To> factor, const From* from, To* to) {
+    for_each_vector<From>(count, [&](int64_t i, auto load, auto store) { store(to + i, load(from + i) * factor); });
+}
+
+template <class A, class B>
+SEQZOO_INLINE Wide<A> dot(int64_t count, const A* a, const B* b) {
+    Vec<Wide<A>> total{};
+    for_each_vector<A>(count, [&](int64_t i, auto load, auto) { total = fma(load(a + i), load(b + i), total); });
+    return sum(total);
+}
+
+// to = the sum of `parts` rows, each `stride` numbers after the one before.
+template <class W>
+void sum_rows(int64_t parts, int64_t stride, int64_t count, const W* from, W* to) {
+    for (int64_t i = 0; i < count; i++) to[i] = W(0);
+    for (int64_t part = 0; part < parts; part++, from += stride) {
+        for (int64_t i = 0; i < count; i++) to[i] += from[i];
+    }
+}
+
 // Functions: within about two units in the last place for float; doubles go lane by lane through the C library.
 
 namespace detail {
@@ -367,6 +409,11 @@ SEQZOO_INLINE V tanh(V x) {
 template <class V>
 SEQZOO_INLINE V log(V x) {
     return detail::lane_by_lane(x, [](auto y) { return std::log(y); });
+}
+
+template <class V>
+SEQZOO_INLINE V sqrt(V x) {
+    return detail::lane_by_lane(x, [](auto y) { return std::sqrt(y); });
 }
 
 template <class V>

@@ -33,19 +33,13 @@ struct Open {
     V r, i, a, m;
 };
 
-template <class V>
-SEQZOO_INLINE V square_root(V x) {
-    for (size_t i = 0; i < sizeof(V) / sizeof(Lane<V>); i++) x[i] = std::sqrt(x[i]);
-    return x;
-}
-
 template <class T, class Load>
 SEQZOO_INLINE Open<Vec<Wide<T>>> open(const Gates<T>& in, bool begin, int64_t n, int64_t c, Load load) {
     using V = Vec<Wide<T>>;
     V r = sigmoid(load(in.recurrence + n) + load(in.recurrence_bias + c));
     V i = sigmoid(load(in.input + n) + load(in.input_bias + c));
     V log_decay = -load(in.rate + c) * r;
-    V m = begin ? broadcast<V>(1) : square_root(in.tiny - expm1(2 * log_decay));
+    V m = begin ? broadcast<V>(1) : sqrt(in.tiny - expm1(2 * log_decay));
     return {r, i, exp(log_decay), m};
 }
 

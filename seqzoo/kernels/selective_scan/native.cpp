@@ -143,20 +143,6 @@ void widen_rows(const T* from, int64_t rows, int64_t entries, int64_t padded, Wi
     }
 }
 
-template <class T>
-SEQZOO_INLINE Vec<Wide<T>> load_up_to(const T* from, int count) {
-    return count == LANES<T> ? load(from) : load_first(from, count);
-}
-
-template <class T>
-SEQZOO_INLINE void store_up_to(T* to, Vec<Wide<T>> x, int count) {
-    if (count == LANES<T>) {
-        store(to, x);
-    } else {
-        store_first(to, x, count);
-    }
-}
-
 template <int BIT, class V, size_t... I>
 SEQZOO_INLINE V add_neighbours(V a, V b, std::index_sequence<I...>) {
     constexpr size_t L = sizeof...(I);

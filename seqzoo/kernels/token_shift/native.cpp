@@ -115,10 +115,7 @@ void backward(const Shift<T, O>& shift, const Gradients<T, O>& grad, int64_t thr
             });
         }
     });
-    std::fill_n(grad.mix, learned, W(0));
-    for (int64_t task = 0; task < tasks; task++) {
-        for (int64_t i = 0; i < learned; i++) grad.mix[i] += all_sums[task * learned + i];
-    }
+    sum_rows(tasks, learned, learned, all_sums, grad.mix);
 }
 
 // Call body with the types of x and of the glances, which are as wide, or in bfloat16 beside float.

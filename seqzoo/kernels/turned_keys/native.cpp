@@ -107,23 +107,6 @@ struct Inputs : Sizes<T> {
     }
 };
 
-template <class From, class To>
-SEQZOO_INLINE void scaled(const From* x, Wide<To> factor, int64_t count, To* to) {
-    Vec<Wide<To>> factors = broadcast<Vec<Wide<To>>>(factor);
-    for_each_vector<To>(count, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-        store(to + i, load(x + i) * factors);
-    });
-}
-
-template <class T, class X, class Y>
-SEQZOO_INLINE Wide<T> dot(const X* x, const Y* y, int64_t count) {
-    Vec<Wide<T>> total{};
-    for_each_vector<T>(count, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-        total = fma(load(x + i), load(y + i), total);
-    });
-    return sum(total);
-}
-
 // kept[batch][chunk] = the angles before each chunk.
 template <class T>
 void sum_angles(const Inputs<T>& in, const Wide<T>* angle, double* kept, int64_t threads) {
@@ -179,7 +162,7 @@ void forward(const Inputs<T>& in, const T* values, int64_t stride, const Wide<T>
             in.angles_of_head(b, t0, t1, head, now, c, s);
             if (t0 == 0) {
                 if (in.key && !in.start(b, 0)) {
-                    scaled(in.key + (b * in.heads + head) * size, gain(0), size, out.k + row(0));
+                    scaled(size, gain(0), in.key + (b * in.heads + head) * size, out.k + row(0));
                 } else {
                     std::fill_n(out.k + row(0), size, T{});
                 }
@@ -187,16 +170,16 @@ void forward(const Inputs<T>& in, const T* values, int64_t stride, const Wide<T>
             for (int64_t t = t0; t < t1; t++) {
                 in.biased(in.write, in.write_bias, b, t, head, x);
                 in.biased(in.read, in.read_bias, b, t, head, y);
-                out.own[(b * in.time + t) * in.heads + head] = dot<T>(x, y, size);
+                out.own[(b * in.time + t) * in.heads + head] = dot(size, x, y);
                 rotate(x, c + (t - t0) * pairs, s + (t - t0) * pairs, pairs);
                 rotate(y, c + (t - t0) * pairs, s + (t - t0) * pairs, pairs);
-                scaled(y, W(1), size, out.q + row(t));
+                copy_row(size, y, out.q + row(t));
                 if (t + 1 == in.time) {
                     std::copy_n(x, size, out.key + (b * in.heads + head) * size);
                 } else if (in.start(b, t + 1)) {
                     std::fill_n(out.k + row(t + 1), size, T{});
                 } else {
-                    scaled(x, gain(t + 1), size, out.k + row(t + 1));
+                    scaled(size, gain(t + 1), x, out.k + row(t + 1));
                 }
             }
             if (t1 == in.time) {
@@ -271,7 +254,7 @@ void backward_chunk(const Inputs<T>& in, const Given<T>& given, const Gradients<
             std::copy_n(y, size, q);
             rotate(turned, cosines, sines, pairs);
             rotate(q, cosines, sines, pairs);
-            scaled(given.q + at(t) * size, W(1), size, dq);
+            copy_row(size, given.q + at(t) * size, dq);
             if (t + 1 == in.time) {
                 std::copy_n(given.key + (b * heads + head) * size, size, dturned);
             } else if (in.start(b, t + 1)) {
@@ -280,8 +263,8 @@ void backward_chunk(const Inputs<T>& in, const Given<T>& given, const Gradients<
                 std::fill_n(angle, pairs, 0.0);
             } else {
                 const T* dk = given.k + at(t + 1) * size;
-                scaled(dk, in.gain[at(t + 1)], size, dturned);
-                grad.gain[at(t + 1)] = dot<T>(turned, dk, size);
+                scaled(size, in.gain[at(t + 1)], dk, dturned);
+                grad.gain[at(t + 1)] = dot(size, turned, dk);
             }
             add_angle(turned, dturned, angle, pairs);
             add_angle(q, dq, angle, pairs);
@@ -312,13 +295,13 @@ void backward_chunk(const Inputs<T>& in, const Given<T>& given, const Gradients<
         const T* dk = given.k + at(0) * size;
         const W* key = in.key + (b * heads + head) * size;
         const bool open = !in.start(b, 0);
-        if (open) grad.gain[at(0)] = dot<T>(key, dk, size);
-        scaled(dk, open ? in.gain[at(0)] : W(0), size, grad.key + (b * heads + head) * size);
+        if (open) grad.gain[at(0)] = dot(size, key, dk);
+        scaled(size, open ? in.gain[at(0)] : W(0), dk, grad.key + (b * heads + head) * size);
     }
     const int64_t first = (b * in.time + t0);
     for (int64_t n = 0; n < t1 - t0; n++) {
-        scaled(dwrite + n * shared, W(1), shared, grad.write + (first + n) * shared);
-        scaled(dread + n * shared, W(1), shared, grad.read + (first + n) * shared);
+        copy_row(shared, dwrite + n * shared, grad.write + (first + n) * shared);
+        copy_row(shared, dread + n * shared, grad.read + (first + n) * shared);
     }
     for (int64_t i = 0; i < (t1 - t0) * pairs; i++) grad.turn[first * pairs + i] = W(dturn[i]);
     const int64_t width = heads * in.channels;
@@ -354,13 +337,8 @@ void backward(const Inputs<T>& in, const Given<T>& given, const Gradients<T>& gr
                            own + learned);
         }
     });
-    for (int which = 0; which < 2; which++) {
-        W* to = which ? grad.read_bias : grad.write_bias;
-        std::fill_n(to, learned, W(0));
-        for (int64_t task = 0; task < tasks; task++) {
-            for (int64_t i = 0; i < learned; i++) to[i] += sums[(task * 2 + which) * learned + i];
-        }
-    }
+    sum_rows(tasks, 2 * learned, learned, sums, grad.write_bias);
+    sum_rows(tasks, 2 * learned, learned, sums + learned, grad.read_bias);
 
     // begun becomes what each chunk sends back with what all later ones do; then that goes to the tokens before it.
     for (int64_t b = 0; b < in.batch; b++) {
