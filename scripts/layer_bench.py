@@ -10,7 +10,7 @@ from typing import Any
 import layer_peers
 import torch
 from layer_cases import CASES, DTYPES, LayerCase, Side, chosen, makers, side_maker
-from results import RESULTS, fill, markdown, read, write
+from results import RESULTS, fill, markdown, read, verdict, write
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -59,16 +59,13 @@ def best_peer(times: Mapping[str, list[float]], which: int) -> tuple[str, float]
     return name, others[name] / times["seqzoo"][which]
 
 
-def verdict(case: LayerCase, times: Mapping[str, list[float]], dtype: str) -> str:
+def against_target(case: LayerCase, times: Mapping[str, list[float]], dtype: str) -> str:
     """Whether the layer is as much faster than its best peer as it must be; forward, it may not be slower."""
     ahead, both = best_peer(times, 0), best_peer(times, 1)
     target = case.targets[list(DTYPES).index(dtype)]
     if ahead is None or both is None or (target == 1 and both[0].endswith("alone")):
         return ""  # a layer need not be as fast as a bare operator is
-    # As the tables print them: a percent is noise.
-    ratios = {"forward": (round(ahead[1], 1), 1), "with backward": (round(both[1], 1), target)}
-    missed = [word for word, (ratio, needed) in ratios.items() if ratio < needed]
-    return f"{target:g}x: {' and '.join(missed) + ' missed' if missed else 'met'}"
+    return verdict(target, {"forward": (ahead[1], 1), "with backward": (both[1], target)})
 
 
 def layers(
@@ -98,7 +95,7 @@ def layers(
                     f"{ahead * 1e3:.1f}",
                     f"{both * 1e3:.1f}",
                     *(ratios or ["", ""]),
-                    verdict(case, times, name) if ours else "",
+                    against_target(case, times, name) if ours else "",
                 )
         console.print(table)
     kept = read(path)
@@ -149,6 +146,6 @@ def details(kept: Mapping[str, Any]) -> str:
                     continue
                 row += [f"{seconds * 1e3:.1f}" for seconds in times[side]]
                 row.append("" if side == "seqzoo" else f"{times[side][1] / times['seqzoo'][1]:.1f}")
-                row.append(verdict(case, times, name) if side == "seqzoo" else "")
+                row.append(against_target(case, times, name) if side == "seqzoo" else "")
             rows.append(row)
     return markdown(header, rows)

@@ -98,8 +98,13 @@ CASES = (
     LayerCase("Based", {"num_heads": 12}),
     LayerCase("GatedLinearAttention", {"num_heads": 4}, (_bare_gla(GLA, decay="channel"),)),
     LayerCase("HGRN2", {"head_dim": 128}, (_bare_gla(WIDE, decay="channel"),)),
-    LayerCase("LightningAttention", {"num_heads": 6, "head_dim": 128}, (layer_peers.transformers_minimax,)),
-    LayerCase("MLSTM", {"num_heads": 4}, (layer_peers.xlstm_mlstm,)),
+    LayerCase(
+        "LightningAttention",
+        {"num_heads": 6, "head_dim": 128},
+        (layer_peers.transformers_minimax,),
+        targets=(1.2, 1.5),
+    ),
+    LayerCase("MLSTM", {"num_heads": 4}, (layer_peers.xlstm_mlstm,), targets=(1.2, 1.5)),
     LayerCase("RetNet", {"num_heads": 8}, (_bare_gla(RETNET, operator_peers.fla_simple_gla),)),
     LayerCase("RWKV6", {}, (_bare_gla(SMALL, operator_peers.fla_rwkv6, decay="channel", bonus=True),)),
     LayerCase(

@@ -15,12 +15,23 @@ CHUNK = 64
 
 
 class Case(NamedTuple):
-    """An operator at the sizes of a published layer of width 768, and the code of others that computes the same."""
+    """An operator at the sizes of a published layer of width 768, and the code of others that computes the same.
+
+    Args:
+        name: of the layer, or of the operator.
+        operator: a folder of ``seqzoo/kernels``.
+        sizes: what its ``example`` takes.
+        peers: functions of the same inputs.
+        targets: how much faster than the best peer forward and backward must be, in float32 and in bfloat16.
+        ahead: the same of the forward alone.
+    """
 
     name: str
     operator: str
     sizes: dict[str, Any]
     peers: tuple[Callable[..., Tensor], ...]
+    targets: tuple[float, float] = (1.0, 1.0)
+    ahead: float = 1.0
 
 
 DELTA = {"groups": 12, "heads": 12, "key": 128, "value": 128}
@@ -36,6 +47,8 @@ CASES = (
         "short_conv",
         {"channels": 1536, "bias": False, "activation": "silu"},
         (peers.torch_conv1d,),
+        targets=(8, 8),
+        ahead=10,
     ),
     Case(
         "selective scan (Mamba)",
@@ -43,22 +56,23 @@ CASES = (
         {"channels": 1536, "size": 16},
         (peers.mambapy_selective_scan,),  # transformers' loop takes minutes: its backward is quadratic
     ),
-    Case("RG-LRU, minGRU", "linear_scan", {"channels": 768}, (peers.mingru_scan, peers.transformers_rglru)),
-    Case("Mamba-2", "gated_linear_attention", MAMBA2, (peers.transformers_mamba2, peers.fla_simple_gla)),
-    Case("RetNet", "gated_linear_attention", RETNET, (peers.fla_simple_gla,)),
-    Case("GLA", "gated_linear_attention", GLA | {"decay": "channel"}, (peers.fla_gla,)),
-    Case("RWKV-6", "gated_linear_attention", SMALL | {"decay": "channel", "bonus": True}, (peers.fla_rwkv6,)),
+    Case("RG-LRU, minGRU", "linear_scan", {"channels": 768}, (peers.mingru_scan, peers.transformers_rglru), (2, 2)),
+    Case("Mamba-2", "gated_linear_attention", MAMBA2, (peers.transformers_mamba2, peers.fla_simple_gla), (3, 4)),
+    Case("RetNet", "gated_linear_attention", RETNET, (peers.fla_simple_gla,), (3, 3)),
+    Case("GLA", "gated_linear_attention", GLA | {"decay": "channel"}, (peers.fla_gla,), (8, 8)),
+    Case("RWKV-6", "gated_linear_attention", SMALL | {"decay": "channel", "bonus": True}, (peers.fla_rwkv6,), (8, 8)),
     Case("mLSTM", "mlstm", {"heads": 4, "key": 96, "value": 192}, (peers.xlstm_mlstm,)),
-    Case("DeltaNet", "gated_delta_rule", DELTA | {"decay": "none"}, (peers.fla_delta_rule,)),
+    Case("DeltaNet", "gated_delta_rule", DELTA | {"decay": "none"}, (peers.fla_delta_rule,), (4, 6)),
     Case(
         "Gated DeltaNet",
         "gated_delta_rule",
         DELTA,
         (peers.transformers_gated_delta_rule, peers.fla_gated_delta_rule),
+        (4, 6),
     ),
-    Case("KDA", "gated_delta_rule", DELTA | {"decay": "channel"}, (peers.fla_kda,)),
-    Case("FoX", "attention", FOX, (peers.fla_forgetting_attention,)),
-    Case("RWKV-7", "dplr_delta_rule", {"heads": 12, "key": 64, "value": 64}, (peers.fla_dplr,)),
+    Case("KDA", "gated_delta_rule", DELTA | {"decay": "channel"}, (peers.fla_kda,), (8, 8)),
+    Case("FoX", "attention", FOX, (peers.fla_forgetting_attention,), (4, 4)),
+    Case("RWKV-7", "dplr_delta_rule", {"heads": 12, "key": 64, "value": 64}, (peers.fla_dplr,), (8, 8)),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table; the first column reads from the left, numbers from the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def verdict(target: float, ratios: Mapping[str, tuple[float, float]]) -> str:
+    """``target`` and whether it is met: each name's ratio must be what is needed, rounded as the tables print them."""
+    missed = [name for name, (ratio, needed) in ratios.items() if round(ratio, 1) < needed]
+    return f"{target:g}x: {' and '.join(missed) + ' missed' if missed else 'met'}"

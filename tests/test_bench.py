@@ -7,6 +7,7 @@ import sys
 import bench
 import cost_bench
 import layer_bench
+import operator_cases
 import pytest
 import results
 import share_bench
@@ -64,11 +65,19 @@ def test_verdicts_and_tables():
     case = next(case for case in CASES if case.name == "Mamba2")
     times = {"seqzoo": [1.0, 2.0], "a_peer": [1.5, 3.5], "b_peer": [0.9, 9.0], layer_bench.SOFTMAX: [0.1, 4.0]}
     assert layer_bench.best_peer(times, 1) == ("a_peer", 1.75)
-    assert layer_bench.verdict(case, times, "float32") == "1.7x: forward missed"
-    assert layer_bench.verdict(case, times | {"b_peer": [1.0, 9.0]}, "float32") == "1.7x: met"
+    assert layer_bench.against_target(case, times, "float32") == "1.7x: forward missed"
+    assert layer_bench.against_target(case, times | {"b_peer": [1.0, 9.0]}, "float32") == "1.7x: met"
     kept = {"Mamba2": {"float32": times, "bfloat16": {name: times[name] for name in ("seqzoo", layer_bench.SOFTMAX)}}}
     assert "| `Mamba2` | 2000 | 1.8 (a) | 2.0 | 2000 |  | 2.0 |" in layer_bench.summary(kept)
     assert "b_peer" in layer_bench.details(kept)
+
+
+def test_operators_are_held_to_their_targets():
+    convolution = next(case for case in operator_cases.CASES if case.name == "short convolution")
+    times = {"seqzoo": 1.0, "a_peer": 9.0, "b_peer": 20.0}
+    assert bench.against_target(convolution, "float32", times, times) == "8x: forward missed"
+    assert bench.against_target(convolution, "float32", times | {"a_peer": 10.0}, times) == "8x: met"
+    assert bench.against_target(convolution, "float32", {"seqzoo": 1.0}, {"seqzoo": 1.0}) == ""
 
 
 def test_the_picture_and_table_of_costs(tmp_path):
