@@ -217,7 +217,7 @@ def _forward(
     ACC: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, lane = _place(batches * HEADS, True)
-    batch, head = (lane // HEADS).to(tl.int64), lane % HEADS
+    batch, head = (lane // HEADS).to(tl.int64), (lane % HEADS).to(tl.int64)
     group = head // (HEADS // GROUPS)
     start = tile * TOKENS
     row = tl.arange(0, TOKENS)
@@ -284,7 +284,7 @@ def _backward_of_queries(
 ):  # fmt: skip
     """dq, D and, with a decay, the sums of dl over slots."""
     tile, lane = _place(batches * HEADS, True)
-    batch, head = (lane // HEADS).to(tl.int64), lane % HEADS
+    batch, head = (lane // HEADS).to(tl.int64), (lane % HEADS).to(tl.int64)
     group = head // (HEADS // GROUPS)
     start = tile * TOKENS
     row = tl.arange(0, TOKENS)
@@ -354,7 +354,7 @@ def _backward_of_slots(
 ):  # fmt: skip
     """dk, dv and dc, with queries as columns, as matmuls want the weights."""
     tile, lane = _place(batches * GROUPS, False)
-    batch, group = (lane // GROUPS).to(tl.int64), lane % GROUPS
+    batch, group = (lane // GROUPS).to(tl.int64), (lane % GROUPS).to(tl.int64)
     j = tile * SLOTS
     column = tl.arange(0, SLOTS)
     present = column < slots - j

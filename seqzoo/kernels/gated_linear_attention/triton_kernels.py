@@ -169,7 +169,7 @@ def _walk(
     place = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(0) % pieces
     lane = tl.program_id(0) // pieces
-    batch, head = (lane // HEADS).to(tl.int64), lane % HEADS
+    batch, head = (lane // HEADS).to(tl.int64), (lane % HEADS).to(tl.int64)
     k_column = tl.program_id(1) * K_BLOCK + tl.arange(0, K_BLOCK)
     v_column = tl.program_id(2) * V_BLOCK + tl.arange(0, V_BLOCK)
     token = tl.arange(0, CHUNK)
@@ -256,7 +256,7 @@ def _read(
     chunks = tl.cdiv(time, CHUNK)
     lane = tl.program_id(0) // chunks
     first = (tl.program_id(0) % chunks).to(tl.int64) * CHUNK
-    batch, head = (lane // HEADS).to(tl.int64), lane % HEADS
+    batch, head = (lane // HEADS).to(tl.int64), (lane % HEADS).to(tl.int64)
     group = head // (HEADS // GROUPS)
     v_column = tl.program_id(1) * V_BLOCK + tl.arange(0, V_BLOCK)
     token = tl.arange(0, CHUNK)
@@ -374,7 +374,7 @@ def _gradient(
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
     first = chunk * CHUNK
     lane = tl.program_id(0) // chunks
-    batch, bundle = (lane // (HEADS // SHARE)).to(tl.int64), lane % (HEADS // SHARE)
+    batch, bundle = (lane // (HEADS // SHARE)).to(tl.int64), (lane % (HEADS // SHARE)).to(tl.int64)
     group = bundle * SHARE // (HEADS // GROUPS)
     k_column = tl.program_id(1) * K_BLOCK + tl.arange(0, K_BLOCK)
     k_present = k_column < KEY
