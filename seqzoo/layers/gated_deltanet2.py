@@ -17,6 +17,7 @@ from seqzoo.kernels.dplr_delta_rule import dplr_delta_rule
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import ChannelDecay
 from seqzoo.parts.delta_rule import DeltaRuleState, QueryKeyValue
+from seqzoo.parts.glorot import draw_shrunk
 from seqzoo.parts.low_rank import LowRank
 from seqzoo.parts.norm import GroupRMSNorm
 
@@ -78,12 +79,13 @@ class GatedDeltaNet2(Mixer):
         self.out = nn.Linear(values, dim, bias=False)
         self._draw()
 
+    @torch.no_grad()
     def _draw(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, gain=2**-2.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        step, gate = self.step, self.gate
+        draw_shrunk(*self.qkv.projection.weight.split(self.qkv.widths))
+        for linear in (step.down, step.up, self.erase, self.write, gate.down, gate.up, self.out):
+            draw_shrunk(linear.weight)
+        nn.init.zeros_(gate.up.bias)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 from seqzoo.mixer import Mixer
+from seqzoo.parts.glorot import draw_shrunk
 from seqzoo.parts.heads import head_sizes
 from seqzoo.parts.norm import GroupRMSNorm
-
-GAIN = 2**-2.5  # of Glorot's initialisation
 
 
 class GatedLinearAttentionState(NamedTuple):
@@ -83,8 +82,7 @@ class GatedLinearAttention(Mixer):
     @torch.no_grad()
     def _draw(self) -> None:
         queries, keys, *_ = self.projection.weight.split(self.widths)
-        for matrix in (queries, keys, *(p for p in self.decay.parameters() if p.ndim > 1)):
-            nn.init.xavier_uniform_(matrix, gain=GAIN)
+        draw_shrunk(queries, keys, *(p for p in self.decay.parameters() if p.ndim > 1))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 from seqzoo.mixer import Mixer, positions_from_starts
+from seqzoo.parts.glorot import draw_shrunk
 from seqzoo.parts.heads import head_sizes
 from seqzoo.parts.norm import GroupRMSNorm
 from seqzoo.parts.rotary import rotate_neighbours
 
 ROTARY_BASE = 10_000.0
-GAIN, OUT_GAIN = 2**-2.5, 2**-1  # of Glorot's initialisation
+OUT_GAIN = 2**-1  # of Glorot's initialisation
 
 
 class RetNetState(NamedTuple):
@@ -76,8 +77,7 @@ class RetNet(Mixer):
 
     @torch.no_grad()
     def _draw(self) -> None:
-        for part in self.projection.weight.split(self.widths):
-            nn.init.xavier_uniform_(part, gain=GAIN)
+        draw_shrunk(*self.projection.weight.split(self.widths))
         nn.init.xavier_uniform_(self.out.weight, gain=OUT_GAIN)
 
     def reset_parameters(self) -> None:

@@ -100,11 +100,13 @@ def test_bounded_decays_start_at_the_rate_one(start):
 
 
 def test_projections_of_gated_deltanet2(start):
-    """NVIDIA's: uniform as Xavier's, shrunk to 2^-2.5; biases zero."""
-    delta = start(GatedDeltaNet2, 512)
-    for linear in (delta.qkv.projection, delta.step.up, delta.erase, delta.write, delta.gate.down, delta.out):
-        bound = 2**-2.5 * (6 / sum(linear.weight.shape)) ** 0.5
-        assert_uniform(linear.weight.detach(), -bound, bound)
+    """NVIDIA's: each matrix by itself, queries', keys' and values' too, in 2^-2.5 of Glorot's range; biases zero."""
+    delta = start(GatedDeltaNet2, 256, value_dim=96)
+    queries, keys, values = delta.qkv.projection.weight.split([256, 256, 384])
+    linears = (*delta.step.children(), delta.erase, delta.write, *delta.gate.children(), delta.out)
+    for matrix in (queries, keys, values, *(linear.weight for linear in linears)):
+        bound = 2**-2.5 * (6 / sum(matrix.shape)) ** 0.5
+        assert_uniform(matrix.detach(), -bound, bound)
     assert not delta.gate.up.bias.any()
 
 
