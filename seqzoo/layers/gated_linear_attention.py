@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 from seqzoo.mixer import Mixer
 from seqzoo.parts.glorot import draw_shrunk
-from seqzoo.parts.heads import head_sizes
+from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import GroupRMSNorm
 
 
@@ -63,9 +63,8 @@ class GatedLinearAttention(Mixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        key, value = head_sizes(
-            dim, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, key_share=0.5, value_share=1
-        )
+        key = head_size("key_dim", key_dim, dim=dim, num_heads=num_heads, share=0.5)
+        value = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads)
         if decay_rank < 1:
             raise ValueError(f"decay_rank={decay_rank}: use 1 or more")
         if decay_temperature <= 0:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.attention import attention
 from seqzoo.mixer import Mixer, positions_from_starts
+from seqzoo.parts.heads import head_size
 from seqzoo.parts.key_value_memory import KeyValueBuffer, first_slots
 from seqzoo.parts.norm import GroupRMSNorm
 from seqzoo.parts.rotary import RopeLayout, Rotary
@@ -62,16 +63,13 @@ class LatentAttention(Mixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads={num_heads}: a layer needs at least 1 head")
-        key_dim = dim // num_heads if key_dim is None else key_dim
-        value_dim = dim // num_heads if value_dim is None else value_dim
+        key_dim = head_size("key_dim", key_dim, dim=dim, num_heads=num_heads)
+        value_dim = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads)
         latent_dim = 4 * key_dim if latent_dim is None else latent_dim
         rope_dim = max(key_dim // 4 * 2, 2) if rope_dim is None else rope_dim
-        sizes = {"key_dim": key_dim, "value_dim": value_dim, "latent_dim": latent_dim, "query_rank": query_rank}
-        for name, size in sizes.items():
+        for name, size in {"latent_dim": latent_dim, "query_rank": query_rank}.items():
             if size is not None and size < 1:
-                raise ValueError(f"{name}={size} with dim={dim}, num_heads={num_heads}: use 1 or more")
+                raise ValueError(f"{name}={size}: use 1 or more")
         if rope_dim < 2 or rope_dim % 2:
             raise ValueError(f"rope_dim={rope_dim}: use an even number, 2 or more")
         self.rotary = Rotary(rope_dim, rope_base, rope_layout).check()

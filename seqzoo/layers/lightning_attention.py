@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 from seqzoo.mixer import Mixer
+from seqzoo.parts.depth import check_depth
+from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import GroupRMSNorm
 
 LEAST = 1e-5  # of a slope: the last layer forgets a little too
@@ -62,13 +64,8 @@ class LightningAttention(Mixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads={num_heads}: a layer needs at least 1 head")
-        head_dim = dim // num_heads if head_dim is None else head_dim
-        if head_dim < 1:
-            raise ValueError(f"head_dim={head_dim}: use 1 or more (dim={dim} with num_heads={num_heads})")
-        if not 0 <= layer_index < num_layers:
-            raise ValueError(f"layer_index={layer_index}: expected 0 or more, and less than num_layers={num_layers}")
+        head_dim = head_size("head_dim", head_dim, dim=dim, num_heads=num_heads)
+        check_depth(layer_index, num_layers)
         self.num_heads, self.head_dim, self.backend = num_heads, head_dim, backend
         self.strength = 1 - layer_index / (num_layers - 1 + LEAST) + LEAST
         width = num_heads * head_dim

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import SoftplusDecay
+from seqzoo.parts.heads import grouped_heads
 from seqzoo.parts.norm import GroupRMSNorm
 from seqzoo.parts.short_conv import CausalConv
 
@@ -74,11 +75,7 @@ class Mamba2(Mixer):
     ) -> None:
         super().__init__()
         inner = expand * dim
-        if head_dim < 1 or inner < 1 or inner % head_dim:
-            raise ValueError(f"head_dim={head_dim} does not divide the inner width expand * dim = {inner}")
-        num_heads = inner // head_dim
-        if num_groups < 1 or num_heads % num_groups:
-            raise ValueError(f"num_groups={num_groups} does not divide the {num_heads} heads of {head_dim} channels")
+        num_heads = grouped_heads(inner, head_dim=head_dim, num_groups=num_groups)
         if state_size < 1:
             raise ValueError(f"state_size={state_size}: a memory needs at least 1 row")
         if norm not in get_args(Norm):

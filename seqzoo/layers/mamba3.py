@@ -22,6 +22,7 @@ from seqzoo.kernels.gated_skip import gated_skip
 from seqzoo.kernels.turned_keys import turned_keys
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import draw_step_bias
+from seqzoo.parts.heads import grouped_heads
 from seqzoo.parts.norm import GroupRMSNorm
 
 Rate = Literal["heavy_tail", "softplus"]
@@ -86,11 +87,7 @@ class Mamba3(Mixer):
     ) -> None:
         super().__init__()
         inner = expand * dim
-        if head_dim < 1 or inner < 1 or inner % head_dim:
-            raise ValueError(f"head_dim={head_dim} does not divide the inner width expand * dim = {inner}")
-        num_heads = inner // head_dim
-        if num_groups < 1 or num_heads % num_groups:
-            raise ValueError(f"num_groups={num_groups} does not divide the {num_heads} heads of {head_dim} channels")
+        num_heads = grouped_heads(inner, head_dim=head_dim, num_groups=num_groups)
         pairs = int(state_size * rope_fraction) // 2
         if not 0 < rope_fraction <= 1 or pairs < 1:
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.mlstm import MLSTMState, mlstm
 from seqzoo.mixer import Mixer
-from seqzoo.parts.heads import head_sizes
+from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import GroupLayerNorm
 
 INPUT_BIAS = -10.0
@@ -56,9 +56,8 @@ class MLSTM(Mixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        key_dim, value_dim = head_sizes(
-            dim, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, key_share=0.5, value_share=1
-        )
+        key_dim = head_size("key_dim", key_dim, dim=dim, num_heads=num_heads, share=0.5)
+        value_dim = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads)
         if gate_soft_cap <= 0:
             raise ValueError(f"gate_soft_cap={gate_soft_cap}: it is positive")
         self.num_heads, self.key_dim, self.value_dim, self.backend = num_heads, key_dim, value_dim, backend

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 from seqzoo.mixer import Mixer, positions_from_starts
 from seqzoo.parts.glorot import draw_shrunk
-from seqzoo.parts.heads import head_sizes
+from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import GroupRMSNorm
 from seqzoo.parts.rotary import rotate_neighbours
 
@@ -63,9 +63,8 @@ class RetNet(Mixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        key, value = head_sizes(
-            dim, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, key_share=1, value_share=2
-        )
+        key = head_size("key_dim", key_dim, dim=dim, num_heads=num_heads)
+        value = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads, share=2)
         if key % 2:
             raise ValueError(f"key_dim={key} is odd; rotary positions need pairs of channels")
         self.num_heads, self.key_dim, self.value_dim, self.backend = num_heads, key, value, backend

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 from seqzoo.mixer import Mixer
+from seqzoo.parts.depth import depth_ratios
 from seqzoo.parts.low_rank import LowRank
 from seqzoo.parts.norm import GroupLayerNorm
-from seqzoo.parts.token_shift import depth_ratios, glance_back, ramp
+from seqzoo.parts.token_shift import glance_back, ramp
 
 
 class RWKV6State(NamedTuple):

@@ -18,9 +18,10 @@ from seqzoo.kernels.dplr_delta_rule import dplr_delta_rule
 from seqzoo.kernels.erasing_keys import erasing_keys
 from seqzoo.kernels.gated_skip import gated_skip
 from seqzoo.mixer import Mixer
+from seqzoo.parts.depth import depth_ratios
 from seqzoo.parts.low_rank import LowRank
 from seqzoo.parts.norm import GroupLayerNorm
-from seqzoo.parts.token_shift import depth_ratios, glance_back, ramp
+from seqzoo.parts.token_shift import glance_back, ramp
 
 
 def _rank(dim: int, scale: float) -> int:

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.mixer import Mixer
-from seqzoo.parts.token_shift import ShiftState, depth_ratios, glance_back, ramp
+from seqzoo.parts.depth import depth_ratios
+from seqzoo.parts.token_shift import ShiftState, glance_back, ramp
 
 
 class RWKV7ChannelMix(Mixer):

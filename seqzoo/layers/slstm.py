@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.mixer import Mixer
+from seqzoo.parts.depth import depth_ratios
 from seqzoo.parts.norm import GroupLayerNorm
 from seqzoo.parts.short_conv import CausalConv
 
@@ -69,9 +70,8 @@ class SLSTM(Mixer):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
-        if not 0 <= layer_index < num_layers:
-            raise ValueError(f"layer_index={layer_index}: from 0 to num_layers - 1 = {num_layers - 1}")
-        self.num_heads, self.depth = num_heads, layer_index / max(num_layers - 1, 1)
+        self.num_heads = num_heads
+        self.depth, _ = depth_ratios(layer_index, num_layers)
         size = dim // num_heads
         self.conv = CausalConv(dim, conv_size, bias=True, activation="silu", backend=backend)
         # Of the gates i, f, z and o.

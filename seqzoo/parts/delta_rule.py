@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import l2_normalize
 from seqzoo.parts.short_conv import CausalConv
 
@@ -56,18 +57,12 @@ class QueryKeyValue(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads={num_heads}: a layer needs at least 1 head")
+        key_dim = head_size("key_dim", key_dim, dim=dim, num_heads=num_heads, share=key_share)
+        value_dim = value_share * key_dim if value_dim is None else value_dim
+        value_dim = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads)
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
         if num_key_heads < 1 or num_heads % num_key_heads:
             raise ValueError(f"num_key_heads={num_key_heads} does not divide num_heads={num_heads}")
-        key_dim = int(key_share * dim / num_heads) if key_dim is None else key_dim
-        value_dim = value_share * key_dim if value_dim is None else value_dim
-        if key_dim < 1 or value_dim < 1:
-            raise ValueError(
-                f"key_dim={key_dim}, value_dim={value_dim}: both are at least 1 (dim={dim} with num_heads={num_heads}; "
-                f"their defaults are {key_share:g} dim/num_heads and {value_share} key_dim)"
-            )
         self.num_heads, self.key_dim, self.value_dim, self.steps = num_heads, key_dim, value_dim, steps
         self.num_key_heads, self.backend = num_key_heads, backend
         self.scale = key_dim**-0.5 if scaled else 1.0

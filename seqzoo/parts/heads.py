@@ -1,31 +1,38 @@
-"""Sizes of heads."""
+"""Sizes and numbers of heads."""
 
 from __future__ import annotations
 
 
-def head_sizes(
-    dim: int, *, num_heads: int, key_dim: int | None, value_dim: int | None, key_share: float, value_share: float
-) -> tuple[int, int]:
-    """The sizes of a head's keys and values.
+def head_size(name: str, size: int | None, *, dim: int, num_heads: int, share: float = 1.0) -> int:
+    """Channels of a head: ``size``, or ``share * dim / num_heads`` rounded down where that is None.
 
     Args:
+        name: the setting that ``size`` is of.
+        size: channels, at least 1.
         dim: width of the layer.
         num_heads: heads, at least 1.
-        key_dim: size of a key; None for ``key_share * dim / num_heads`` rounded down.
-        value_dim: size of a value; None for ``value_share * dim / num_heads`` rounded down.
-        key_share: the width of all keys, as a share of ``dim``, where ``key_dim`` is None.
-        value_share: the same of values.
+        share: the width of all heads, as a share of ``dim``, where ``size`` is None.
 
     Raises:
-        ValueError: a size is below 1.
+        ValueError: there is no head, or a head has no channel.
     """
     if num_heads < 1:
         raise ValueError(f"num_heads={num_heads}: a layer needs at least 1 head")
-    key_dim = int(key_share * dim / num_heads) if key_dim is None else key_dim
-    value_dim = int(value_share * dim / num_heads) if value_dim is None else value_dim
-    if key_dim < 1 or value_dim < 1:
-        raise ValueError(
-            f"key_dim={key_dim}, value_dim={value_dim}: both are at least 1 (dim={dim} with num_heads={num_heads}; "
-            f"their defaults are {key_share:g} and {value_share:g} dim/num_heads)"
-        )
-    return key_dim, value_dim
+    size = int(share * dim / num_heads) if size is None else size
+    if size < 1:
+        raise ValueError(f"{name}={size}: a head has at least 1 channel (dim={dim} with num_heads={num_heads})")
+    return size
+
+
+def grouped_heads(inner: int, *, head_dim: int, num_groups: int) -> int:
+    """How many heads of ``head_dim`` channels make ``num_groups`` equal groups of the inner width of a Mamba.
+
+    Raises:
+        ValueError: there is no whole number of heads, or of heads in a group.
+    """
+    if head_dim < 1 or inner < 1 or inner % head_dim:
+        raise ValueError(f"head_dim={head_dim} does not divide the inner width expand * dim = {inner}")
+    num_heads = inner // head_dim
+    if num_groups < 1 or num_heads % num_groups:
+        raise ValueError(f"num_groups={num_groups} does not divide the {num_heads} heads of {head_dim} channels")
+    return num_heads

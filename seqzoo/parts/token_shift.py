@@ -1,4 +1,4 @@
-"""RWKV's token shift, by which each channel glances at the token before, and what starts by a layer's depth."""
+"""RWKV's token shift, by which each channel glances at the token before, and how much it does at first."""
 
 from __future__ import annotations
 
@@ -42,17 +42,6 @@ def glance_back(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     glances = token_shift(x, mix, last, starts, more=more, dtype=dtype, backend=backend)
     return glances, x[:, -1].clone()  # a view would keep all of x in memory
-
-
-def depth_ratios(layer_index: int, num_layers: int) -> tuple[float, float]:
-    """How deep a layer stands: from 0 to 1, and from 1 down to almost 0; RWKV's layers start by both.
-
-    Raises:
-        ValueError: ``layer_index`` is not from 0 to ``num_layers - 1``.
-    """
-    if not 0 <= layer_index < num_layers:
-        raise ValueError(f"layer_index={layer_index}: expected 0 or more, and less than num_layers={num_layers}")
-    return layer_index / max(num_layers - 1, 1), 1 - layer_index / num_layers
 
 
 def ramp(channels: Tensor, power: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.fast_weights import FastWeightsState, fast_weights
 from seqzoo.mixer import Mixer, positions_from_starts
+from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import GroupLayerNorm
 from seqzoo.parts.rotary import Rotary
 
@@ -51,10 +52,8 @@ class SelfTrainedHeads(nn.Module):
         backend: str,
     ) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads={num_heads}: a layer needs at least 1 head")
-        head_dim = dim // num_heads if head_dim is None else head_dim
-        if head_dim < 2 or head_dim % 2:
+        head_dim = head_size("head_dim", head_dim, dim=dim, num_heads=num_heads)
+        if head_dim % 2:
             raise ValueError(
                 f"head_dim={head_dim} (dim={dim}, num_heads={num_heads}): rotary positions need pairs of channels"
             )
