@@ -32,15 +32,28 @@ class Convolution(nn.Conv1d):
 class Norm(nn.Module):
     """In place of ``RMSNorm`` and ``FusedRMSNormGated``: in float32, the gate after the scale."""
 
-    def __init__(self, dim: int, eps: float = 1e-5, activation: str = "swish", **_: Any) -> None:
+    bias = None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        elementwise_affine: bool = True,
+        eps: float = 1e-5,
+        activation: str = "swish",
+        **_: Any,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(hidden_size)) if elementwise_affine else None
         self.eps, self.gate = eps, torch.sigmoid if activation == "sigmoid" else F.silu
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        wide = x.float()
-        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+        y = rms_norm(x.float(), self.weight, self.eps)
         return (y if gate is None else y * self.gate(gate.float())).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * weight.to(y.dtype)
 
 
 class HeadNorm(nn.Module):

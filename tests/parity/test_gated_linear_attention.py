@@ -1,27 +1,50 @@
-"""GatedLinearAttention and HGRN2 against fla's recurrence of GLA, inside the equations of fla's layers."""
+"""GatedLinearAttention and HGRN2 against fla's layers, run with fla's naive operator."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from fla_layers import fla_layers, new_cache, rms_norm, run_fla
 from peers import CacheAgreement, assert_rounds_no_worse, pair
-from torch import nn
 
+from seqzoo import clone_state
 from seqzoo.layers import HGRN2, GatedLinearAttention
 from seqzoo.layers.gated_linear_attention import GatedLinearAttentionState
 from seqzoo.layers.hgrn2 import HGRN2State
 
-naive = pytest.importorskip("fla.ops.gla.naive")
-
 HEADS, KEY, VALUE = 2, 8, 12
+
+
+def fused_gla(q, k, v, gk, initial_state, state_v_first, **_):
+    from fla.ops.gla.naive import naive_recurrent_gla
+
+    assert state_v_first
+    state = None if initial_state is None else initial_state.mT
+    o, state = naive_recurrent_gla(q, k, v, gk, initial_state=state, output_final_state=True)
+    return o, state.mT
+
+
+def chunk_gla(g, **inputs):
+    return fused_gla(gk=g, **inputs)
+
+
+def norm_linear(x, norm_weight, norm_bias, linear_weight, linear_bias):
+    """fla's ``rms_norm_linear`` with its default epsilon."""
+    assert norm_bias is None and linear_bias is None
+    return F.linear(rms_norm(x.float(), norm_weight, 1e-5).to(x.dtype), linear_weight)
+
+
+operators = {"chunk_gla": chunk_gla, "fused_recurrent_gla": fused_gla}
+fla_gla = fla_layers("gla", **operators)
+fla_hgrn2 = fla_layers("hgrn2", **operators, swish=F.silu, rms_norm_linear=norm_linear)
+
 GLA_NAMES = {
     "projection.weight": lambda theirs: torch.cat([theirs[f"{name}_proj.weight"] for name in "qkvg"]),
     "decay.0.weight": "gk_proj.0.weight",
     "decay.1.weight": "gk_proj.1.weight",
     "decay.1.bias": "gk_proj.1.bias",
-    "norm.weight": "g_norm.weight",
+    "norm.weight": "g_norm_swish_gate.weight",
     "out.weight": "o_proj.weight",
 }
 HGRN2_NAMES = {
@@ -31,71 +54,46 @@ HGRN2_NAMES = {
 }
 
 
-class PeerGLA(nn.Module):
-    """``GatedLinearAttention`` of fla: the operator scales queries; a gate comes after the norm of each head."""
-
-    def __init__(self):
-        super().__init__()
-        for name, width in {"q": KEY, "k": KEY, "v": VALUE, "g": VALUE}.items():
-            setattr(self, f"{name}_proj", nn.Linear(32, HEADS * width, bias=False))
-        self.gk_proj = nn.Sequential(nn.Linear(32, 3, bias=False), nn.Linear(3, HEADS * KEY))
-        self.g_norm = nn.RMSNorm(VALUE, eps=1e-6)
-        self.o_proj = nn.Linear(HEADS * VALUE, 32, bias=False)
-
-    def forward(self, x, past):
-        """Outputs and the state, from the state ``past`` or None."""
-        q, k, v, g, gk = self.q_proj(x), self.k_proj(x), self.v_proj(x), self.g_proj(x), self.gk_proj(x)
-        q, k, v, g, gk = (rearrange(z, "b t (h d) -> b t h d", h=HEADS) for z in (q, k, v, g, gk))
-        gk = F.logsigmoid(gk.float()) / 16
-        o, last = naive.naive_recurrent_gla(q, k, v, gk, initial_state=past, output_final_state=True)
-        return self.o_proj((self.g_norm(o) * F.silu(g)).flatten(2)), last
-
-
-class PeerHGRN2(nn.Module):
-    """``HGRN2Attention`` of fla: keys are what the gates do not keep, and a norm over all heads is last."""
-
-    def __init__(self, lower_bound):
-        super().__init__()
-        for name in "qfio":
-            setattr(self, f"{name}_proj", nn.Linear(32, 32, bias=False))
-        self.g_norm = nn.RMSNorm(32, eps=1e-6)
-        self.lower_bound = lower_bound
-
-    def forward(self, x, past):
-        q, f, i = F.silu(self.q_proj(x)), self.f_proj(x).float(), self.i_proj(x)
-        g = F.logsigmoid(f)
-        if self.lower_bound:  # the first layer has none
-            bound = torch.tensor(self.lower_bound, dtype=g.dtype)
-            g = torch.logaddexp(bound.log(), torch.log1p(-bound) + g)
-        k = (1 - g.exp()).to(i)
-        q, k, g, i = (rearrange(z, "b t (h d) -> b t h d", h=HEADS) for z in (q, k, g, i))
-        o, last = naive.naive_recurrent_gla(q, k, i, g, initial_state=past, output_final_state=True)
-        return self.o_proj(self.g_norm(o.flatten(2))), last
-
-
 def gla():
     ours = GatedLinearAttention(32, num_heads=HEADS, key_dim=KEY, value_dim=VALUE, decay_rank=3)
-    return ours, PeerGLA(), GLA_NAMES, GatedLinearAttentionState
+    peer = fla_gla.GatedLinearAttention(
+        hidden_size=32,
+        num_heads=HEADS,
+        expand_k=HEADS * KEY / 32,
+        expand_v=HEADS * VALUE / 32,
+        gate_low_rank_dim=3,
+        norm_eps=1e-6,
+        layer_idx=0,
+    )
+
+    def state_from(cache, state):
+        return clone_state(GatedLinearAttentionState(cache[0]["recurrent_state"].mT))
+
+    return pair(ours, peer, GLA_NAMES, run_fla, new_cache=new_cache, state_from=state_from)
 
 
 def hgrn2(lower_bound):
-    return HGRN2(32, head_dim=16, lower_bound=lower_bound), PeerHGRN2(lower_bound), HGRN2_NAMES, HGRN2State
+    """The peer's first layer takes no bound; none of its layers passes ``norm_eps`` on to the norm."""
+    index = 1 if lower_bound else 0
+    ours = HGRN2(32, head_dim=16, lower_bound=lower_bound, norm_eps=1e-5)
+    peer = fla_hgrn2.HGRN2Attention(hidden_size=32, expand_ratio=16, norm_eps=1.0, layer_idx=index)
+
+    def run(peer, x, cache):
+        bound = torch.tensor(lower_bound, dtype=x.dtype)
+        return peer(x, past_key_values=cache, use_cache=cache is not None, lower_bound=bound)[0]
+
+    def state_from(cache, state):
+        return clone_state(HGRN2State(cache[index]["recurrent_state"].mT))
+
+    return pair(ours, peer, HGRN2_NAMES, run, new_cache=new_cache, state_from=state_from)
 
 
 CASES = {"GLA": gla, "HGRN2": lambda: hgrn2(0.0), "HGRN2, lower bound": lambda: hgrn2(0.9)}
 
 
-def run(peer, x, cache):
-    y, last = peer(x, *(cache or [None]))
-    if cache is not None:
-        cache[:] = [last]
-    return y
-
-
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def both(request):
-    ours, peer, names, kind = request.param()
-    return pair(ours, peer, names, run, new_cache=list, state_from=lambda cache, state: kind(cache[0].clone()))
+    return request.param()
 
 
 class TestGatedLinearAttention(CacheAgreement):
