@@ -195,8 +195,8 @@ def accuracy(run: dict[str, Any]) -> float:
 
 
 def best_first(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Widths in order, and within a width the best first; of equals the smaller state."""
-    return sorted(runs, key=lambda run: (run["dim"], -accuracy(run), run["state_bytes"]))
+    """Widths in order, and within a width the best first; of equals the smaller state, then by name."""
+    return sorted(runs, key=lambda run: (run["dim"], -accuracy(run), run["state_bytes"], run["mixer"]))
 
 
 def family(name: str) -> str:
