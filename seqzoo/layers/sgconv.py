@@ -1,8 +1,8 @@
 """SGConv: a long convolution of few parameters, stretched over scales that double and fade (Li et al. 2022, https://arxiv.org/abs/2210.09298).
 
-The mode ``cat`` of the official code with a fixed decay. The filters' norm at the start, by which they are divided
-from then on, is taken when parameters are drawn, not at the first call. Left out: bidirectional filters, the other
-modes, learning rates of their own, dropout.
+The mode ``cat`` of the official code with a fixed decay, and the gated projection of its configs. The filters' norm at
+the start, by which they are divided from then on, is taken when parameters are drawn, not at the first call. Left out:
+bidirectional filters, the other modes, learning rates of their own, dropout.
 """
 
 from __future__ import annotations

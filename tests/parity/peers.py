@@ -84,10 +84,11 @@ def pair(
 
 @torch.no_grad()
 def redraw(pair: Pair) -> None:
-    """Move the peer's weights a little, and give ours the same."""
+    """Move the peer's weights a little, and give ours the same; buffers stay."""
     for parameter in pair.peer.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    pair.ours.load_state_dict(rename(pair.names, dict(pair.peer.named_parameters())))
+    weights = rename(pair.names, dict(pair.peer.named_parameters()))
+    pair.ours.load_state_dict(pair.ours.state_dict() | weights)
 
 
 def rename(names: Names, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
