@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla_layers import fla_layers, l2, new_cache, run_fla
-from peers import CacheAgreement, assert_rounds_no_worse, pair
+from peers import CacheAgreement, assert_rounds_no_worse, draw, error, pair
 
 from seqzoo import clone_state
+from seqzoo.kernels.dplr_delta_rule import dplr_delta_rule
 from seqzoo.layers import GatedDeltaNet2
 from seqzoo.parts.delta_rule import DeltaRuleState
 
@@ -66,6 +67,22 @@ def both(request):
 
 class TestGatedDeltaNet2(CacheAgreement):
     pass
+
+
+def test_the_chunked_peer_has_no_gradients_under_strong_decay():
+    """fla's ``naive_chunk_gdn2``, as its ``naive_chunk_kda``, takes e^{G_i - G_j} also of pairs that it then masks."""
+    from fla.ops.gdn2.naive import naive_chunk_gdn2, naive_recurrent_gdn2
+
+    q, k, v, b, w = (draw(64, torch.float32, dim=8, seed=seed)[:, :, None] for seed in range(5))
+    inputs = [q, l2(k), v, torch.full_like(q, -5.0), b.sigmoid(), w.sigmoid()]
+    q, k, v, g, b, w = inputs = [tensor.requires_grad_() for tensor in inputs]
+    chunked, recurrent = (form(*inputs)[0] for form in (naive_chunk_gdn2, naive_recurrent_gdn2))
+    ours = dplr_delta_rule(q * 8**-0.5, k, w * v, g.exp() * b * k, -k, g)[0]
+    assert error(chunked, recurrent) < 1e-5 and error(ours, recurrent) < 1e-5
+    of_chunked, of_recurrent, of_ours = (torch.autograd.grad(y.sum(), inputs) for y in (chunked, recurrent, ours))
+    assert of_chunked[3].isnan().any()
+    for gradient, expected in zip(of_ours, of_recurrent, strict=True):
+        assert error(gradient, expected) < 1e-5
 
 
 def test_rounds_no_worse_in_bfloat16(both):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from fla_layers import fla_layers, l2, new_cache, run_fla
-from peers import CacheAgreement, assert_rounds_no_worse, modeling, pair
+from peers import CacheAgreement, assert_rounds_no_worse, draw, error, modeling, pair
 
 from seqzoo import clone_state
+from seqzoo.kernels.gated_delta_rule import gated_delta_rule
 from seqzoo.layers import KimiDeltaAttention
 from seqzoo.parts.delta_rule import DeltaRuleState
 
@@ -105,6 +106,23 @@ def both(request):
 
 class TestKimiDeltaAttention(CacheAgreement):
     pass
+
+
+def test_the_chunked_peer_has_no_gradients_under_strong_decay():
+    """fla's ``naive_chunk_kda`` takes e^{G_i - G_j} also of pairs that it then masks: over 64 tokens of e^-5 each it is
+    infinite, and its gradient infinity times zero. fla's recurrence has gradients, and ours has the same."""
+    from fla.ops.kda.naive import naive_chunk_kda, naive_recurrent_kda
+
+    q, k, v = (draw(64, torch.float32, dim=KEY, seed=seed)[:, :, None] for seed in range(3))
+    inputs = [q, l2(k), v, torch.full_like(q, -5.0), torch.full_like(q[..., 0], 0.5)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    chunked, recurrent = (form(*inputs)[0] for form in (naive_chunk_kda, naive_recurrent_kda))
+    ours = gated_delta_rule(q * KEY**-0.5, *inputs[1:])[0]
+    assert error(chunked, recurrent) < 1e-5 and error(ours, recurrent) < 1e-5
+    of_chunked, of_recurrent, of_ours = (torch.autograd.grad(y.sum(), inputs) for y in (chunked, recurrent, ours))
+    assert of_chunked[3].isnan().any()
+    for gradient, expected in zip(of_ours, of_recurrent, strict=True):
+        assert error(gradient, expected) < 1e-5
 
 
 def test_rounds_no_worse_in_bfloat16(both):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from einops import rearrange
-from peers import CacheAgreement, assert_rounds_no_worse, modeling, pair
+from peers import CacheAgreement, assert_rounds_no_worse, draw, error, modeling, pair
 
 from seqzoo import clone_state
 from seqzoo.layers import LightningAttention
@@ -53,6 +53,19 @@ def both(request):
 
 class TestLightningAttention(CacheAgreement):
     pass
+
+
+@torch.no_grad()
+def test_the_peers_memory_drifts_in_bfloat16():
+    """It is kept in the activations' dtype, ours in float32: the last layer, which hardly forgets, shows it."""
+    both, x = build(LAYERS - 1).to(torch.bfloat16), draw(200, torch.bfloat16)
+    cache, state = hf.MiniMaxCache(), None
+    for token in x.split(1, 1):
+        both.call_peer(token, cache)
+        _, state = both.ours(token, state)
+    theirs, truth = cache.get_linear_cache(LAYERS - 1), both.to(torch.float64).ours(x.double())[1].memory
+    assert theirs.dtype == torch.bfloat16 and state.memory.dtype == torch.float32
+    assert error(theirs, truth) > 3 * error(state.memory, truth)
 
 
 def test_rounds_no_worse_in_bfloat16():
