@@ -1,6 +1,7 @@
 """LRU: complex numbers that turn and fade, drawn on a ring (Orvieto et al. 2023, https://arxiv.org/abs/2303.06349).
 
-DeepMind published no code; this is the paper's appendix. Left out: dropout and the norms of the block.
+DeepMind published no code; this is the paper's appendix. Left out: learning rates of its own, dropout, and the norms of
+the block.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """minGRU: a GRU whose gate sees only the input, so that it runs in parallel over time (Feng et al. 2024, https://arxiv.org/abs/2410.01201).
 
-The paper multiplies in logarithms to be exact in parallel; our operator is so without them. Left out: a learned initial
-state. The authors' block puts a short convolution and an MLP around the layer: those are sublayers of their own here.
+The paper multiplies in logarithms to be exact in parallel; our operator is so without them. By default no projection
+has a bias, as in minGRU-pytorch, from which the authors' code is made; theirs all have one (``use_bias``). Left out: a
+learned initial state. The authors' block puts a short convolution and an MLP around the layer: those are sublayers of
+their own here.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class MinGRU(Mixer):
         dim: width of the input and output.
         expand: inner width as a multiple of ``dim``.
         positive: whether g stands in the equation, which keeps h above 0; without it the candidate is ``W_h x`` itself.
-        use_bias: whether constants are added to ``W_z x`` and ``W_h x``.
+        use_bias: whether constants are added to ``W_z x``, ``W_h x`` and ``W_out h``.
         backend: ``auto``, or an implementation that all its operators have (see ``seqzoo layers``).
 
     Raises:
@@ -50,7 +52,7 @@ class MinGRU(Mixer):
             raise ValueError(f"expand={expand}: use 1 or more")
         self.inner, self.positive, self.backend = expand * dim, positive, backend
         self.projection = nn.Linear(dim, 2 * self.inner, bias=use_bias)
-        self.out = nn.Linear(self.inner, dim, bias=False)
+        self.out = nn.Linear(self.inner, dim, bias=use_bias)
 
     def forward(
         self,

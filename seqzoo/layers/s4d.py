@@ -1,7 +1,7 @@
 """S4D: a diagonal state space for each channel, the simplest of the S4 layers (Gu et al. 2022, https://arxiv.org/abs/2206.11893).
 
-As in the authors' minimal code B is one, since C can make up for it. Left out: the bilinear rule, dropout, and several
-state spaces a channel.
+As in the authors' minimal code B is one, since C can make up for it. Left out: the bilinear rule, learning rates of its
+own, dropout, and several state spaces a channel.
 """
 
 from __future__ import annotations

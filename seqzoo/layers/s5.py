@@ -1,7 +1,8 @@
 """S5: one diagonal state space for all channels, run by a scan (Smith et al. 2022, https://arxiv.org/abs/2208.04933).
 
-Left out: the bilinear rule, bidirectional reading, and gates on a value without a projection ("half GLU"), which a deep
-stack could not scale. Decay rates are kept below zero, as the authors advise for sequences without an end.
+Left out: the bilinear rule, bidirectional reading, learning rates of its own, dropout, and gates on a value without a
+projection ("half GLU"), which a deep stack could not scale. Decay rates are kept below zero, as the authors advise for
+sequences without an end.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ def test_rounds_no_worse_in_bfloat16(both):
 
 @pytest.mark.parametrize("positive", [True, False])
 def test_the_papers_equations(positive):
+    """With the biases of the authors' code (BorealisAI/minRNNs), which is no package."""
     torch.manual_seed(0)
     layer, x = MinGRU(32, positive=positive, use_bias=True).double(), draw(37, torch.float64)
     u, k = layer.projection(x).chunk(2, -1)
@@ -76,3 +77,4 @@ def test_the_papers_equations(positive):
         h = (1 - z) * h + z * candidate[:, t]
         outputs.append(layer.out(h))
     torch.testing.assert_close(layer(x)[0], torch.stack(outputs, 1), rtol=1e-10, atol=1e-10)
+    assert all(linear.bias is not None for linear in (layer.projection, layer.out))
