@@ -98,11 +98,7 @@ void backward(const Gates<T>& in, const Wide<T>* ddecay, const T* dentering, con
         }
     });
     for (int which = 0; which < LEARNED; which++) {
-        W* to = grad.learned[which];
-        std::fill_n(to, width, W(0));
-        for (int64_t task = 0; task < tasks; task++) {
-            for (int64_t i = 0; i < width; i++) to[i] += all_sums[(task * LEARNED + which) * width + i];
-        }
+        sum_rows(tasks, LEARNED * width, width, all_sums + which * width, grad.learned[which]);
     }
 }
 

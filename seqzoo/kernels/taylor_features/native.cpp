@@ -26,17 +26,12 @@ struct Keys {
 template <class T, class Body>
 void for_each_key(const Keys<T>& in, int64_t extra, int64_t threads, Body body) {
     using W = Wide<T>;
-    using V = Vec<W>;
-    const V scale = broadcast<V>(in.scale());
     parallel_for(int(threads), (in.rows + ROWS - 1) / ROWS, [&](int64_t task) {
         const int64_t padded = in.dim + LANES<T>;
         W* z = workspace<0, W>(padded + extra);
         std::fill_n(z, padded, W(0));
         for (int64_t row = task * ROWS; row < std::min(in.rows, (task + 1) * ROWS); row++) {
-            const T* x = in.x + row * in.dim;
-            for_each_vector<T>(in.dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-                store(z + i, load(x + i) * scale);
-            });
+            scaled(in.dim, in.scale(), in.x + row * in.dim, z);
             body(row, z, z + padded);
         }
     });
@@ -61,9 +56,7 @@ void forward(const Keys<T>& in, T* y, int64_t threads) {
             V factor = broadcast<V>(z[i]);
             for (int64_t j = 0; j < dim - 1 - i; j += LANES<T>) store(to + j, factor * load(z + i + 1 + j));
         }
-        for_each_vector<T>(features, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-            store(y + row * features + i, load(f + i));
-        });
+        copy_row(features, f, y + row * features);
     });
 }
 
@@ -84,12 +77,10 @@ void backward(const Keys<T>& in, const T* dy, T* dx, int64_t threads) {
     using W = Wide<T>;
     using V = Vec<W>;
     const int64_t dim = in.dim, features = in.features(), wide = features + LANES<T>;
-    const V scale = broadcast<V>(in.scale()), root = broadcast<V>(W(1.41421356237309504880));
+    const V root = broadcast<V>(W(1.41421356237309504880));
     for_each_key(in, wide + dim + LANES<T>, threads, [&](int64_t row, const W* z, W* df) {
         W* dz = df + wide;
-        for_each_vector<T>(features, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-            store(df + i, load(dy + row * features + i));
-        });
+        copy_row(features, dy + row * features, df);
         for (int64_t i = 0; i < dim; i += LANES<T>) {
             store(dz + i, fma(root * load(z + i), load(df + 1 + dim + i), load(df + 1 + i)));
         }
@@ -103,9 +94,7 @@ void backward(const Keys<T>& in, const T* dy, T* dx, int64_t threads) {
             }
             dz[i] += sum(total);
         }
-        for_each_vector<T>(dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-            store(dx + row * dim + i, load(dz + i) * scale);
-        });
+        scaled(dim, in.scale(), dz, dx + row * dim);
     });
 }
 
