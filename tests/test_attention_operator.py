@@ -83,6 +83,14 @@ def assert_same(ours, truth, **tolerance):
         )
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
+def test_an_empty_batch_gives_empty_answers(backend):
+    inputs = example((5, 9, 4, 2), EXTRAS["everything"])
+    empty = differentiate({name: x if name == "sink" else x[:0] for name, x in inputs.items()}, {}, backend)
+    for name, tensor in differentiate(inputs, {}, "reference").items():
+        assert_same({name: empty[name]}, {name: torch.zeros_like(tensor) if name == "sink" else tensor[:0]})
+
+
 def written_out(
     q, k, v, log_forget=None, sink=None, first=None, *, window=None, sinks=0, prefix=0, soft_cap=None, scale=None
 ):

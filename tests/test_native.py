@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_native
 import pytest
 import torch
 import torch.nn.functional as F
@@ -343,3 +344,11 @@ def test_a_defined_operator_compiles_in_one_graph(scale, scaled, compiler):
         torch.testing.assert_close(x, truth)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(*scaled), loss(*scaled))
+
+
+@pytest.mark.parametrize("operator", fuzz_native.NATIVE)
+def test_every_operator_can_be_fuzzed(operator):
+    known = fuzz_native.equation(operator)
+    for settings in known.VARIANTS.values():
+        inputs = known.example(dtype=torch.float32, **settings)
+        fuzz_native.function(operator)(**inputs, backend="native")

@@ -181,6 +181,17 @@ def test_any_number_of_tokens(tokens, threads, case):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("case", [skip(0, 3, gate=True), keys(3, 0)], ids=["gated_skip", "erasing_keys"])
+def test_heads_without_channels(case):
+    inputs = case.example()
+    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+    try:
+        ours = differentiate(case, inputs, "native")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(ours, differentiate(case, inputs, "reference"))
+
+
 @each_function
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("scale", [0.0, 1e-15, 1e4])

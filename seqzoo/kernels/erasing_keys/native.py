@@ -33,6 +33,8 @@ def _run(*inputs):
     fresh(*outputs)
     if inputs[1].numel():
         _forward(*_settings(inputs[1], inputs[-1]), *inputs, *outputs)
+    else:
+        outputs[-1].zero_()  # a sum over no channels
     return outputs
 
 

@@ -54,10 +54,11 @@ def _fake(x, skip, weight, gate, silu):
 def _run_backward(dy, x, skip, weight, gate, silu):
     gradients = [None if z is None else z.new_empty(z.shape) for z in (x, skip, weight, gate)]
     fresh(*gradients)
-    if x.numel():
-        settings, tensors = _prepared(x, skip, weight, gate, silu)
-        addresses = (0 if z is None else z.data_ptr() for z in tensors)
-        _backward(*settings, *addresses, dy.contiguous(), *gradients)
+    if not x.numel():
+        return [None if z is None else z.zero_() for z in gradients]
+    settings, tensors = _prepared(x, skip, weight, gate, silu)
+    addresses = (0 if z is None else z.data_ptr() for z in tensors)
+    _backward(*settings, *addresses, dy.contiguous(), *gradients)
     return gradients
 
 
