@@ -137,6 +137,22 @@ def check_shape(operator: str, name: str, tensor: Tensor | None, expected: tuple
         raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}; expected {expected}")
 
 
+def check_floats(operator: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``tensor`` is of floating-point numbers and has the ``expected`` shape."""
+    if tensor.dtype not in FLOATS or tensor.shape != expected:
+        raise ValueError(
+            f"{operator}: {name} is {tensor.dtype} {tuple(tensor.shape)}; expected floating point {expected}"
+        )
+
+
+def check_kind_of_state(operator: str, state: Any, kind: type) -> None:
+    """Raise ValueError unless ``state`` is of the class ``kind``."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"{operator}: state is a {type(state).__name__}; expected a {kind.__name__}, as an earlier call returned it"
+        )
+
+
 def check_kind(operator: str, first: str, like: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError unless ``like``, called ``first``, has a token, and all ``others`` its dtype and device."""
     if like.shape[1] == 0:

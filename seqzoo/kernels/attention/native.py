@@ -43,6 +43,8 @@ def _forward(*inputs):
 def _backward(do, *tensors_and_settings):
     q, k, v, decay, sink, first, cutoff, o, sums, *settings = tensors_and_settings
     gradients = [None if x is None else x.new_empty(x.shape) for x in (q, k, v, decay, sink)]
+    if not do.numel():
+        return [None if x is None else x.zero_() for x in gradients]
     fresh(*gradients[:3])
     tensors = *dense_rows(q, k, v), *dense(decay, sink, first, cutoff, o, sums, do)
     _backward_entry(DTYPES[v.dtype], torch.get_num_threads(), *tensors, *gradients, *_sizes(q, k, v), *settings)

@@ -22,7 +22,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, dispatch, explained
+from seqzoo.kernels.backends import (
+    check_floats,
+    check_kind,
+    check_kind_of_state,
+    check_numbers,
+    check_shape,
+    dispatch,
+    explained,
+)
 from seqzoo.kernels.fast_weights import chunked, native, reference
 from seqzoo.kernels.fast_weights.reference import GELUS, FastWeightsState, Gelu
 
@@ -128,13 +136,20 @@ def _check_shapes(q, k, v, rate, weights, norm_weight, norm_bias, reach, log_mom
             f"fast_weights: v has shape {tuple(v.shape)} and k {tuple(k.shape)}; with a norm expected (equal widths)"
         )
     if state is not None:
-        layers = {"anchor": weights, "change": weights, "momentum": weights if log_momentum is not None else ()}
-        for name, expected in layers.items():
-            kept = getattr(state, name)
-            if len(kept) != len(expected):
-                raise ValueError(f"fast_weights: state.{name} has {len(kept)} layers; expected ({len(expected)})")
-            for index, (tensor, weight) in enumerate(zip(kept, expected, strict=True)):
-                check_shape("fast_weights", f"state.{name}[{index}]", tensor, (batch, *weight.shape))
-        check_shape("fast_weights", "state.position", state.position, (batch,))
-        if state.position.dtype != torch.int64:
-            raise ValueError(f"fast_weights: state.position is {state.position.dtype}; expected torch.int64")
+        check_state(state, weights, batch, momentum=log_momentum is not None)
+
+
+def check_state(
+    state: FastWeightsState, weights: tuple[Float[Tensor, "head _ _"], ...], batch: int, *, momentum: bool
+) -> None:
+    """Raise ValueError unless ``state`` is one of ``batch`` rows for memories of such ``weights``."""
+    check_kind_of_state("fast_weights", state, FastWeightsState)
+    for name, expected in {"anchor": weights, "change": weights, "momentum": weights if momentum else ()}.items():
+        kept = getattr(state, name)
+        if len(kept) != len(expected):
+            raise ValueError(f"fast_weights: state.{name} has {len(kept)} layers; expected ({len(expected)})")
+        for index, (tensor, weight) in enumerate(zip(kept, expected, strict=True)):
+            check_floats("fast_weights", f"state.{name}[{index}]", tensor, (batch, *weight.shape))
+    check_shape("fast_weights", "state.position", state.position, (batch,))
+    if state.position.dtype != torch.int64:
+        raise ValueError(f"fast_weights: state.position is {state.position.dtype}; expected torch.int64")

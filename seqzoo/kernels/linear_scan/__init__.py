@@ -56,7 +56,7 @@ def linear_scan(
         )
     if a.is_complex() != b.is_complex() or (state is not None and state.is_complex() != b.is_complex()):
         dtypes = f"a {a.dtype}, b {b.dtype}" + ("" if state is None else f", state {state.dtype}")
-        raise ValueError(f"linear_scan: {dtypes}: all must be real, or all complex")
+        raise ValueError(f"linear_scan: {dtypes}; expected all to be real, or all complex")
     batch, time, channels = b.shape
     check_shape("linear_scan", "state", state, (batch, channels))
     if starts is not None and starts.shape != (batch, time):

@@ -20,7 +20,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
-from seqzoo.kernels.backends import check_heads, check_numbers, check_shape, dispatch, explained
+from seqzoo.kernels.backends import (
+    check_heads,
+    check_kind_of_state,
+    check_numbers,
+    check_shape,
+    dispatch,
+    explained,
+)
 from seqzoo.kernels.mlstm import native, reference, stabilized
 from seqzoo.kernels.mlstm.reference import MLSTMState
 
@@ -67,6 +74,7 @@ def mlstm(
     batch, _, heads, value = v.shape
     check_shape("mlstm", "q", q, (*v.shape[:3], q.shape[3]))
     if state is not None:
+        check_kind_of_state("mlstm", state, MLSTMState)
         check_shape("mlstm", "state.memory", state.memory, (batch, heads, q.shape[3], value))
         check_shape("mlstm", "state.normalizer", state.normalizer, (batch, heads, q.shape[3]))
         check_shape("mlstm", "state.stabilizer", state.stabilizer, (batch, heads))
