@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from seqzoo.parts.call_checks import checked
 from seqzoo.parts.glu import GatedLinear
 
 State = TypeVar("State")
@@ -27,7 +28,14 @@ class Mixer(nn.Module):
     """Base of every sublayer: a map from a sequence to a sequence of the same width, with an explicit state.
 
     A subclass takes ``dim`` first and keyword-only settings after it, writes its output through ``self.out``, and
-    fills in the class attributes below. ``forward`` serves training, prefill, continuation and decoding alike.
+    fills in the class attributes below. ``forward`` serves training, prefill, continuation and decoding alike; its
+    inputs are checked before it runs.
+
+    Args:
+        dim: width of the input and output; None where only what the mixer is made of knows it.
+
+    Raises:
+        ValueError: ``dim`` is below 1.
 
     Attributes:
         causal: False for a mixer that also looks forward; the reason stands in its docstring.
@@ -43,6 +51,23 @@ class Mixer(nn.Module):
     operators: ClassVar[tuple[str, ...]] = ()
     no_weight_decay: frozenset[str] = frozenset()
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "forward" in vars(cls):
+            cls.forward = checked(cls.forward)
+
+    def __init__(self, dim: int | None = None) -> None:
+        super().__init__()
+        if dim is not None and dim < 1:
+            raise ValueError(f"dim={dim}: a layer is 1 or more wide")
+        self.input_width = dim
+
+    def input_weight(self) -> Tensor | None:
+        """A parameter of the dtype that inputs must have: the output projection's; None for any dtype."""
+        # Not `self.out.weight`: a weight that torch.nn.utils.parametrize makes would be computed for it.
+        out = self._modules.get("out")
+        return None if out is None else out._parameters.get("weight")
+
     def forward(
         self,
         x: Float[Tensor, "batch time dim"],
@@ -56,6 +81,9 @@ class Mixer(nn.Module):
             state: what an earlier call returned, to go on from there; None at the start of a sequence. Passing a
                 state hands it over: with autograd off it may be updated in place (``clone_state`` keeps a snapshot).
             starts: True where a new document begins; nothing flows across a start.
+
+        Raises:
+            ValueError: ``x``, ``state`` or ``starts`` do not fit the mixer or each other.
 
         Returns:
             Outputs of the same shape as ``x``, and the state after the last token.
@@ -165,9 +193,17 @@ def positions_from_starts(
         time: number of tokens.
         device: where the result lives.
 
+    Raises:
+        ValueError: ``offset`` is no vector of int64.
+
     Returns:
         ``[batch, time]``, or ``[1, time]`` where all rows agree.
     """
+    if offset is not None and (offset.ndim != 1 or offset.dtype != torch.int64):
+        raise ValueError(
+            f"state.position is {offset.dtype} {tuple(offset.shape)}; expected torch.int64 (batch,), how many "
+            "tokens each open document has"
+        )
     index = torch.arange(time, device=device)[None]
     running = index if offset is None else index + offset[:, None]
     if starts is None:

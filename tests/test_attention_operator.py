@@ -363,6 +363,8 @@ def bad(**changes):
             {"backend": "triton"},
             "keys of 10 and values of 259; its kernels take 256 or fewer; use auto, chunked or reference",
         ),
+        (bad(k=lambda x: None), {}, "attention: k is None; expected a tensor"),
+        (bad(q=lambda x: x[:, :, :0]), {}, r"q \(2, 3, 0, 10\), .* heads that are a multiple of groups"),
         (bad(), {"backend": "magic"}, "backend='magic' cannot run attention"),
     ],
 )

@@ -150,11 +150,15 @@ def test_one_answer_in_mixed_precision():
         ({"gate": torch.ones(2, 4)}, r"gate has shape \(2, 4\); expected that of x, \(2, 8\)"),
         ({"weight": torch.ones(3)}, r"weight has shape \(3,\); expected \(8,\) or \(8,\)"),
         ({"bias": torch.ones(8).long()}, "bias is torch.int64"),
+        ({"x": torch.ones(())}, r"x has shape \(\); expected \[..., channel\]"),
+        ({"x": None}, "x is None; expected a tensor"),
+        ({"eps": 0.0}, "eps=0.0; expected a number above 0"),
+        ({"backend": "magic"}, "backend='magic' cannot run gated_norm: there is no such backend; use auto, reference"),
     ],
 )
 def test_refuses_what_does_not_fit(settings, message, unchecked):
     with pytest.raises(ValueError, match=message):
-        gated_norm(torch.ones(2, 8), **settings)
+        gated_norm(**{"x": torch.ones(2, 8)} | settings)
 
 
 def test_refuses_native_where_it_cannot_run(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
-from seqzoo.kernels import OPERATORS, adapters, backends, checked_ranges, native
+from seqzoo.kernels import EVERY_OPERATOR, OPERATORS, TOKENWISE, adapters, backends, checked_ranges, native
 from seqzoo.kernels.chunks import UnitLowerInverse
 
 # Triton's interpreter walks through a kernel's programs one by one: one length of several chunks stands for all, and
@@ -27,8 +27,9 @@ COMPOSED = ("gated_delta_product", "mlstm")
 # Kernels that keep a number of chunks of all heads in memory, more than the interpreter could walk through.
 CUT_BY_CELLS = ("gated_delta_rule", "dplr_delta_rule")
 
-# Names of what a memory decays by, as logarithms.
+# Names of what a memory decays by, as logarithms; and of all that is at most 0, or its real part, if it is not to grow.
 DECAYS = ("log_decay", "log_forget")
+AT_MOST_ZERO = (*DECAYS, "log_momentum", "log_keep", "A", "exponent")
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 # The bound on relative errors where twice the reference's is less: three units in the last place of float32. There the
@@ -574,7 +575,7 @@ def test_refuses_what_kernels_would_misread(operator, backend, variant, unchecke
     inputs, starts = example(operator, variant), begin_at(37, 2)
     for name, x in inputs.items():
         for wrong in [torch.int32, torch.float8_e4m3fn] if torch.is_tensor(x) and not x.is_complex() else []:
-            with pytest.raises(ValueError, match=rf"{operator}: (\w+ is torch\.|.*dtype|.*all must be real)"):
+            with pytest.raises(ValueError, match=rf"{operator}: (\w+ is torch\.|.*dtype|.*expected all to be real)"):
                 call(operator, backend, inputs | {name: x.to(wrong)}, starts)
     with pytest.raises(ValueError, match=rf"{operator}: starts is torch.uint8 on cpu; expected torch.bool on cpu"):
         call(operator, backend, inputs, starts.byte())
@@ -587,14 +588,48 @@ def test_refuses_queries_of_another_dtype(operator, backend, variant, unchecked)
         call(operator, backend, inputs | {"q": inputs["q"].double()})
 
 
-@gated
-def test_refuses_a_growing_decay_when_ranges_are_checked(operator, backend, variant):
+@parametrize(with_variants(EVERY, having=AT_MOST_ZERO))
+def test_refuses_growth_when_ranges_are_checked(operator, backend, variant):
     inputs = example(operator, variant)
     with checked_ranges():
         call(operator, backend, inputs)
-        with pytest.raises(ValueError, match=rf"{operator}: log_decay reaches 0.5; expected at most 0 everywhere"):
-            call(operator, backend, inputs | {"log_decay": inputs["log_decay"].clone().fill_(0.5)})
-    call(operator, backend, inputs | {"log_decay": inputs["log_decay"].clone().fill_(0.5)})
+    for name in AT_MOST_ZERO:
+        if inputs.get(name) is not None:
+            growing = inputs | {name: inputs[name].clone().fill_(0.5)}
+            with (
+                checked_ranges(),
+                pytest.raises(ValueError, match=rf"{operator}: .*{name} reaches 0.5; expected at most"),
+            ):
+                call(operator, backend, growing)
+            call(operator, backend, growing)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_refuses_an_input_that_is_missing(operator, unchecked):
+    parameters = inspect.signature(getattr(module(operator), operator)).parameters.values()
+    needed = [x.name for x in parameters if x.default is inspect.Parameter.empty and "None" not in x.annotation]
+    assert needed
+    for name in needed:
+        with pytest.raises(ValueError, match=rf"{operator}: {name} is None(Type)?; expected a "):
+            call(operator, "auto", example(operator) | {name: None})
+
+
+@every
+def test_refuses_a_state_of_another_kind(operator, backend, variant, unchecked):
+    inputs = example(operator, variant)
+    for other in (tuple(inputs["state"]), [inputs["state"]]):
+        with pytest.raises(ValueError, match=rf"{operator}: state is a (tuple|list); expected a \w+"):
+            call(operator, backend, inputs | {"state": other})
+
+
+@parametrize(
+    [case for case in with_variants(EVERY) if "heads" in inspect.signature(equation(case[0]).example).parameters]
+)
+def test_refuses_what_has_no_heads(operator, backend, variant, unchecked):
+    for none in ({"heads": 0}, {"groups": 0}, {"heads": 0, "groups": 0}):
+        if none.keys() <= inspect.signature(equation(operator).example).parameters.keys():
+            with pytest.raises(ValueError, match=rf"{operator}: .*\bheads?\b"):
+                call(operator, backend, example(operator, variant, **none))
 
 
 def test_short_conv_refuses_an_activation_that_it_does_not_have(unchecked):
@@ -607,6 +642,11 @@ def test_refuses_a_backend_that_does_not_exist(operator):
     names = ", ".join(["auto", *OPERATORS[operator]])
     with pytest.raises(ValueError, match=f"backend='magic' cannot run {operator}: .*; use {names}$"):
         call(operator, "magic", example(operator))
+
+
+def test_the_names_of_all_backends_are_known():
+    """Functions that run in plain PyTorch at a backend that only operators have refuse what none of them has."""
+    assert set(backends.BACKENDS) == {name for names in (EVERY_OPERATOR | TOKENWISE).values() for name in names}
 
 
 @pytest.mark.parametrize("time", [1, 2, 200])

@@ -153,6 +153,7 @@ def bad(**changes):
         (bad(k=lambda x: x.double()), {}, "k is torch.float64 on cpu; expected what q is, torch.float32"),
         (bad(), {"block": 0}, "block=0, top_k=None; expected 1 or more"),
         (bad(), {"top_k": 0}, "block=2, top_k=0; expected 1 or more"),
+        (bad(place=lambda x: None), {}, "landmark_attention: place is None; expected a tensor"),
         (bad(), {"backend": "magic"}, "backend='magic' cannot run landmark_attention"),
     ],
 )

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
 from seqzoo import Mixer, clone_state, detach_state, layers, measure_state, starts_from_cu_seqlens
 from seqzoo.kernels import EVERY_OPERATOR, checked_ranges
@@ -181,6 +181,11 @@ VARIANTS = [
 DEFAULTS = [partial(layer) for layer in LAYERS]
 
 
+class ReadingState(NamedTuple):
+    read: tuple
+    reader: tuple
+
+
 class Reading(Mixer):
     """A layer above the one that it reads, run as the stack runs them: what a layer with a source must keep."""
 
@@ -188,7 +193,7 @@ class Reading(Mixer):
         super().__init__()
         self.read, self.reader = read(dim), layer(dim, **settings)
 
-    def forward(self, x, state=None, starts=None):
+    def forward(self, x, state: ReadingState | None = None, starts=None):
         old, own = (None, None) if state is None else state
         y, new = self.read(x, old, starts)
         between = F.rms_norm(x + y, x.shape[-1:])
@@ -200,11 +205,6 @@ class Reading(Mixer):
 
     def state_bytes(self, length, *, dtype=torch.float32):
         return sum(mixer.state_bytes(length, dtype=dtype) for mixer in (self.read, self.reader))
-
-
-class ReadingState(NamedTuple):
-    read: tuple
-    reader: tuple
 
 
 VARIANTS.append(partial(Reading, layer=RWKV7, read=RWKV7, value_residual=True, value_rank=3))
@@ -434,6 +434,20 @@ def test_every_length_is_its_tokens_one_by_one(mixer):
         assert_same([y, meaning(state)], [torch.cat(stepped[:time], 1), states[time - 1]])
 
 
+@pytest.mark.parametrize("starts", [None, draw_starts(BATCH, TIME)], ids=["one document", "many documents"])
+def test_an_empty_batch_gives_empty_answers(mixer, x, starts):
+    sizes = [20, 1, TIME - 21]
+    y, state = run(mixer, x, sizes, starts)
+    nothing = x[:0].requires_grad_()
+    none, last = run(mixer, nothing, sizes, None if starts is None else starts[:0])
+    assert_same(none, y[:0])
+    shapes = [[(leaf.dtype, leaf.shape[1:]) for leaf in tree_leaves(each)] for each in (state, last)]
+    assert shapes[0] == shapes[1] and all(len(leaf) == 0 for leaf in tree_leaves(last))
+    read = sum((z * torch.ones_like(z)).sum() for z in [none, *floats(last)])
+    gradients = torch.autograd.grad(read, [nothing, *mixer.parameters()], materialize_grads=True)
+    assert not any(gradient.any() for gradient in gradients)
+
+
 # Law 5: learning.
 
 
@@ -509,6 +523,102 @@ def test_64k_tokens_leave_everything_finite(mixer, dtype):
     x = last.clone().requires_grad_()
     y, state = mixer(x, state)
     assert_finite(mixer, x, [y, *floats(state)], "after 64k tokens")
+
+
+# What does not fit is refused before any work is done.
+
+ILL_FITTING_INPUTS = {
+    "a width less": lambda x: x[..., 1:],
+    "a width more": lambda x: F.pad(x, (0, 1)),
+    "no batch": lambda x: x[0],
+    "an axis more": lambda x: x[None],
+    "no token": lambda x: x[:, :0],
+    "another precision": torch.Tensor.float,
+    "whole numbers": torch.Tensor.long,
+    "complex numbers": lambda x: x + 0j,
+    "a list": torch.Tensor.tolist,
+}
+ILL_FITTING_STARTS = {
+    "a token less": lambda starts: starts[:, 1:],
+    "a row less": lambda starts: starts[1:],
+    "no batch": lambda starts: starts[0],
+    "an axis more": lambda starts: starts[..., None],
+    "numbers": torch.Tensor.float,
+    "bytes": torch.Tensor.byte,
+    "a list": torch.Tensor.tolist,
+}
+
+
+class Other(NamedTuple):
+    """A state of no layer."""
+
+    memory: torch.Tensor
+
+
+@pytest.mark.parametrize("dim", [0, -3])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_width_below_one_is_refused(layer, dim):
+    with pytest.raises(ValueError, match=rf"^dim={dim}: .* 1 or more"):
+        layer(dim)
+
+
+def test_inputs_and_starts_that_do_not_fit_are_refused(mixer, x):
+    starts = draw_starts(BATCH, TIME)
+    for change in ILL_FITTING_INPUTS.values():
+        with pytest.raises(ValueError, match=r"^\w+: x (is|has) .*; expected "):
+            mixer(change(x))
+    for change in ILL_FITTING_STARTS.values():
+        with pytest.raises(ValueError, match=rf"^\w+: starts is .*; expected torch\.bool \({BATCH}, {TIME}\)"):
+            mixer(x, None, change(starts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_takes_what_it_casts(mixer, x, dtype):
+    mixer = mixer.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        for taken in (torch.float32, torch.bfloat16):
+            y, state = mixer(x[:, :20].to(taken))
+            z, _ = mixer(x[:, 20:].to(taken), state)
+            assert y.isfinite().all() and z.isfinite().all()
+        with pytest.raises(ValueError, match=r"x is torch\.float64; expected torch\.(float32|bfloat16)"):
+            mixer(x)
+
+
+def as_plain_tuples(state):
+    return tuple(as_plain_tuples(part) if isinstance(part, tuple) else part for part in state)
+
+
+def test_a_state_of_another_kind_is_refused(mixer, x):
+    _, state = mixer(x)
+    for other in (as_plain_tuples(state), list(state), Other(x), x, "state"):
+        with pytest.raises(ValueError, match=r"^\w+: state(\.\w+)* is a \w+; .*expected a (\w+)State|KeyValue"):
+            mixer(x, other)
+
+
+def ill_fitting(leaf, longer):
+    """``leaf`` of a state with every size changed that is the same in ``longer``, of one more token; and its dtype."""
+    yield from (leaf[None], leaf[0])
+    for axis, size in enumerate(leaf.shape):
+        if size == longer.shape[axis]:
+            yield torch.cat([leaf, leaf.new_zeros([1 if i == axis else n for i, n in enumerate(leaf.shape)])], axis)
+            if size:
+                yield leaf.narrow(axis, 0, size - 1)
+    if leaf.numel():
+        yield leaf.int() if leaf.is_floating_point() else leaf.double() if not leaf.is_complex() else leaf.real.long()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_state_of_other_sizes_is_refused(mixer, batch, unchecked):
+    x = draw(batch, 26)
+    (_, state), (_, longer) = mixer(x[:, :20]), mixer(x[:, :21])
+    paths, spec = tree_flatten_with_path(state)
+    leaves = [leaf for _, leaf in paths]
+    for place, ((path, leaf), other) in enumerate(zip(paths, tree_leaves(longer), strict=True)):
+        for wrong in ill_fitting(leaf, other):
+            changed = tree_unflatten([*leaves[:place], wrong, *leaves[place + 1 :]], spec)
+            for time in (1, 6):
+                with pytest.raises(ValueError, match=rf"\b(state|{str(path[-1]).strip('.')})\b.* expected "):
+                    mixer(x[:, -time:], changed)
 
 
 # Law 7: compilation, and construction without memory.

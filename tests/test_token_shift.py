@@ -119,6 +119,8 @@ def test_is_an_operator_of_torch(optional):
         ({"more": torch.ones(1, 2, 3, 8)}, r"more has shape \(1, 2, 3, 8\); expected \(2, 2, 3, 8\)"),
         ({"mix": torch.ones(2, 8).long()}, "mix is torch.int64"),
         ({"x": torch.ones(2, 0, 8), "starts": None}, "no token"),
+        ({"mix": None}, "mix is None; expected a tensor"),
+        ({"backend": "magic"}, "backend='magic' cannot run token_shift: there is no such backend; use auto, reference"),
     ],
 )
 def test_refuses_what_does_not_fit(settings, message, unchecked):

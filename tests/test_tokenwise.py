@@ -275,3 +275,18 @@ def test_refuses_native_where_it_cannot_run(monkeypatch, case):
     name = case.function.__name__
     with pytest.raises(ValueError, match=f"cannot run {name}: no compiler was found; use auto or reference"):
         case.function(**case.example(), **case.settings, backend="native")
+
+
+@each_function
+def test_refuses_a_backend_that_no_operator_has(case):
+    name = case.function.__name__
+    with pytest.raises(ValueError, match=f"backend='magic' cannot run {name}: there is no such backend; use auto, "):
+        case.function(**case.example(), **case.settings, backend="magic")
+
+
+@each_function
+def test_refuses_an_input_that_is_missing(case, unchecked):
+    for missing in (*case.narrow, *case.wide):
+        if missing != "gate":
+            with pytest.raises(ValueError, match=f"{case.function.__name__}: {missing} is None; expected a tensor"):
+                case.function(**case.example() | {missing: None}, **case.settings)

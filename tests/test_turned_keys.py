@@ -202,6 +202,8 @@ def test_is_an_operator_of_torch(with_state):
         ({"starts": torch.ones(2, 3).bool()}, r"starts has shape \(2, 3\); expected \(2, 50\)"),
         ({"values": torch.ones(2, 50, 4, 5).bfloat16()}, "write is torch.float32"),
         ({"gain": torch.ones(2, 50, 4).long()}, "gain is torch.int64"),
+        ({"step": None}, "step is None; expected a tensor"),
+        ({"backend": "magic"}, "backend='magic' cannot run turned_keys: there is no such backend; use auto, reference"),
     ],
 )
 def test_refuses_what_does_not_fit(settings, message, unchecked):

@@ -22,6 +22,8 @@ WHY_NOT_AUTO = {
     "chunked": "pays for a whole chunk even when there is one token, and for many passes over memory",
 }
 
+BACKENDS = ("reference", "chunked", "native", "triton", "sdpa", *adapters.PACKAGES)
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 
@@ -86,6 +88,13 @@ def dispatch(
         return run(*inputs)
 
 
+def check_backend(operator: str, backend: str) -> None:
+    """Raise ValueError unless ``backend`` is ``auto`` or what at least one operator has."""
+    if backend != "auto" and backend not in BACKENDS:
+        names = ", ".join(["auto", *BACKENDS])
+        raise ValueError(f"backend={backend!r} cannot run {operator}: there is no such backend; use {names}")
+
+
 def dispatch_elementwise(
     operator: str, implementations: Mapping[str, Callable[..., Any]], backend: str, sample: Tensor, *inputs: Any
 ) -> Any:
@@ -94,8 +103,9 @@ def dispatch_elementwise(
     For what a layer does beside its operators, at the layer's backend, which may be one that only those have.
 
     Raises:
-        ValueError: ``backend`` is ``native``, and it cannot run.
+        ValueError: no operator has a ``backend`` of that name, or it is ``native``, which cannot run.
     """
+    check_backend(operator, backend)
     why = why_not("native", sample.device, sample.dtype)
     if backend == "native" and why is not None:
         raise ValueError(f"backend='native' cannot run {operator}: {why}; use auto or reference")
@@ -137,6 +147,30 @@ def check_shape(operator: str, name: str, tensor: Tensor | None, expected: tuple
         raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}; expected {expected}")
 
 
+def check_floats(operator: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``tensor`` is of floating-point numbers and has the ``expected`` shape."""
+    if tensor.dtype not in FLOATS or tensor.shape != expected:
+        raise ValueError(
+            f"{operator}: {name} is {tensor.dtype} {tuple(tensor.shape)}; expected floating point {expected}"
+        )
+
+
+def check_kind_of_state(operator: str, state: Any, kind: type) -> None:
+    """Raise ValueError unless ``state`` is of the class ``kind``."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"{operator}: state is a {type(state).__name__}; expected a {kind.__name__}, as an earlier call returned it"
+        )
+
+
+def check_tensor(operator: str, name: str, given: Any) -> Tensor:
+    """``given``; raise ValueError unless it is a tensor."""
+    if not isinstance(given, Tensor):
+        kind = "None" if given is None else f"a {type(given).__name__}"
+        raise ValueError(f"{operator}: {name} is {kind}; expected a tensor")
+    return given
+
+
 def check_kind(operator: str, first: str, like: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError unless ``like``, called ``first``, has a token, and all ``others`` its dtype and device."""
     if like.shape[1] == 0:
@@ -149,20 +183,30 @@ def check_kind(operator: str, first: str, like: Tensor, **others: Tensor | None)
             )
 
 
-def check_numbers(operator: str, starts: Tensor | None, *, complex_too: bool = False, **inputs: Tensor | None) -> None:
+def check_numbers(
+    operator: str,
+    starts: Tensor | None,
+    optional: Mapping[str, Tensor | None] | None = None,
+    *,
+    complex_too: bool = False,
+    **inputs: Tensor,
+) -> None:
     """Raise ValueError unless ``inputs`` are floating-point (or complex) and ``starts`` is of bools, on one device.
 
-    Kernels read memory as what they take it for: a wrong dtype would not be an error there, but a wrong answer.
+    What is ``optional`` may be None. Kernels read memory as what they take it for: a wrong dtype would not be an error
+    there, but a wrong answer.
     """
     allowed = FLOATS + COMPLEX if complex_too else FLOATS
     device = None
-    for name, tensor in inputs.items():
-        if tensor is not None:
-            device = device or tensor.device
-            if tensor.dtype not in allowed or tensor.device != device:
-                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-                kind = f"{tensor.dtype} on {tensor.device}"
-                raise ValueError(f"{operator}: {name} is {kind}; expected one of {names} on {device}")
+    for name, tensor in (inputs if optional is None else {**inputs, **optional}).items():
+        if tensor is None and name not in inputs:
+            continue
+        tensor = check_tensor(operator, name, tensor)
+        device = device or tensor.device
+        if tensor.dtype not in allowed or tensor.device != device:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            kind = f"{tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{operator}: {name} is {kind}; expected one of {names} on {device}")
     if starts is not None and (starts.dtype != torch.bool or starts.device != device):
         raise ValueError(f"{operator}: starts is {starts.dtype} on {starts.device}; expected torch.bool on {device}")
 
@@ -203,33 +247,38 @@ def check_heads(
     starts: Tensor | None,
 ) -> None:
     """Raise ValueError unless queries, keys, values, per-head gates, state and starts fit together."""
-    if q.ndim != 4 or v.ndim != 4 or q.shape != k.shape or q.shape[:2] != v.shape[:2] or v.shape[2] % q.shape[2]:
+    ranks = q.ndim == v.ndim == 4
+    if not ranks or q.shape != k.shape or q.shape[:2] != v.shape[:2] or not share_evenly(q.shape[2], v.shape[2]):
         raise ValueError(
             f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; expected "
-            "[batch, time, group, key] twice and [batch, time, head, value] with head a multiple of group"
+            "[batch, time, group, key] twice and [batch, time, head, value] with head a multiple of group, 1 or more"
         )
     check_kind(operator, "v", v, q=q, k=k)
     for name, gate in gates.items():
         check_shape(operator, name, gate, tuple(v.shape[:3]))
     check_shape(operator, "state", state, (v.shape[0], v.shape[2], q.shape[3], v.shape[3]))
     check_shape(operator, "starts", starts, tuple(v.shape[:2]))
-    check_log_decay(operator, gates.get("log_decay"))
+
+
+def share_evenly(groups: int, heads: int) -> bool:
+    """Whether there are groups and heads, as many of these in each."""
+    return 0 < groups <= heads and heads % groups == 0
 
 
 def check_attention(operator: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless queries of the last slots fit keys and values of all, each shared by a group of heads."""
+    check_numbers(operator, None, q=q, k=k, v=v)
     ranks = q.ndim == k.ndim == v.ndim == 4
     if not ranks or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; expected "
             "[batch, time, head, key], [batch, slot, group, key] and [batch, slot, group, value]"
         )
-    if not 1 <= q.shape[1] <= k.shape[1] or k.shape[2] < 1 or q.shape[2] % k.shape[2] or q.shape[3] < 1:
+    if not 1 <= q.shape[1] <= k.shape[1] or q.shape[3] < 1 or not share_evenly(k.shape[2], q.shape[2]):
         raise ValueError(
             f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)}: expected a time of 1 or more, at least as many "
             "slots, and heads that are a multiple of groups"
         )
-    check_numbers(operator, None, q=q, k=k, v=v)
     check_kind(operator, "q", q, k=k, v=v)
 
 

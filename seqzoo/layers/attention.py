@@ -83,7 +83,7 @@ class Attention(Mixer):
         max_length: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or (head_dim is None and dim % num_heads):
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}; give head_dim, or another number")
@@ -134,6 +134,11 @@ class Attention(Mixer):
         state: KeyValueBuffer | KeyValueRing | None = None,
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], KeyValueBuffer | KeyValueRing]:
+        kind = KeyValueBuffer if self.window is None else KeyValueRing
+        if state is not None and not isinstance(state, kind):
+            raise ValueError(
+                f"Attention: state is a {type(state).__name__}; with window={self.window} expected a {kind.__name__}"
+            )
         batch, time, _ = x.shape
         positions = positions_from_starts(starts, state and state.position, time, x.device).expand(batch, -1)
         self._check_length(positions)
@@ -175,7 +180,7 @@ class Attention(Mixer):
         return attention(q, k, v, None, self.sink, first, window=window, sinks=sinks, soft_cap=cap, backend=backend)
 
     def _check_length(self, positions: Tensor) -> None:
-        if self.max_length is None or torch.compiler.is_compiling():
+        if self.max_length is None or torch.compiler.is_compiling() or not len(positions):
             return
         longest = int(positions.max()) + 1
         if longest > self.max_length:

@@ -44,7 +44,7 @@ class Based(Mixer):
     operators = ("gated_linear_attention",)
 
     def __init__(self, dim: int, *, num_heads: int = 4, feature_dim: int = 16, backend: str = "auto") -> None:
-        super().__init__()
+        super().__init__(dim)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         if feature_dim < 1:

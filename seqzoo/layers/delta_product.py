@@ -64,7 +64,7 @@ class DeltaProduct(Mixer):
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if steps < 1:
             raise ValueError(f"steps={steps}: a token writes at least 1 time")
         self.qkv = QueryKeyValue(

@@ -59,7 +59,7 @@ class DifferentialAttention(Mixer):
         rope_layout: RopeLayout = "halves",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or dim % (2 * num_heads):
             raise ValueError(f"num_heads={num_heads}: two softmaxes a head, {2 * num_heads}, do not divide dim={dim}")

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.attention import attention
+from seqzoo.kernels.backends import check_floats
 from seqzoo.mixer import Mixer, positions_from_starts
 from seqzoo.parts.key_value_memory import KeyValueBuffer, first_slots
 from seqzoo.parts.norm import GroupRMSNorm
@@ -74,7 +75,7 @@ class ForgettingAttention(Mixer):
         prune: float | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         if prune is not None and not 0 < prune < 1:
@@ -113,6 +114,9 @@ class ForgettingAttention(Mixer):
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], ForgettingAttentionState]:
         batch, time, _ = x.shape
+        if state is not None:
+            check_floats("ForgettingAttention", "state.key", state.key, (batch, x.shape[2]))
+            check_floats("ForgettingAttention", "state.value", state.value, (batch, x.shape[2]))
         position = state and state.memory.position
         positions = positions_from_starts(starts, position, time, x.device).expand(batch, -1)
         q, k, v = self.query(x), self.key(x), self.value(x)

@@ -59,7 +59,7 @@ class GatedDeltaNet(Mixer):
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.qkv = QueryKeyValue(
             dim,
             num_heads=num_heads,

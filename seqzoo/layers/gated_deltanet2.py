@@ -62,7 +62,7 @@ class GatedDeltaNet2(Mixer):
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if gate not in ACTIVATIONS:
             raise ValueError(f"gate={gate!r}: use {' or '.join(map(repr, ACTIVATIONS))}")
         self.qkv = QueryKeyValue(

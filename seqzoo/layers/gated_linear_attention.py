@@ -62,7 +62,7 @@ class GatedLinearAttention(Mixer):
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         key = head_size("key_dim", key_dim, dim=dim, num_heads=num_heads, share=0.5)
         value = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads)
         if decay_rank < 1:

@@ -58,7 +58,7 @@ class HGRN2(Mixer):
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         head_dim = min(HEAD_DIM, dim) if head_dim is None else head_dim
         if head_dim < 1 or dim % head_dim:
             raise ValueError(f"head_dim={head_dim} does not divide dim={dim}")

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from seqzoo.kernels.backends import check_shape
 from seqzoo.kernels.long_conv import long_conv
 from seqzoo.mixer import Mixer, reset_parameters
 from seqzoo.parts.short_conv import CausalConv
@@ -112,7 +113,7 @@ class Hyena(Mixer):
         filter_frequency: float = 14.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if max_length < 2:
             raise ValueError(f"max_length={max_length}: a filter needs at least 2 taps")
         if order < 2:
@@ -139,6 +140,8 @@ class Hyena(Mixer):
         outer, *gates, v = mixed.split(self.dim, -1)
         kernels, pasts = self.filter().split(self.dim), [None] * len(gates)
         if state is not None:
+            kept = (len(x), self.filter.length - 1, len(gates) * self.dim)
+            check_shape("Hyena", "state.long", state.long, kept)
             pasts = state.long.split(self.dim, -1)
         lasts = []
         for gate, kernel, past in zip(reversed(gates), kernels, pasts, strict=True):

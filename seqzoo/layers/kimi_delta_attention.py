@@ -58,7 +58,7 @@ class KimiDeltaAttention(Mixer):
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.qkv = QueryKeyValue(
             dim, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, conv_size=conv_size, backend=backend
         )

@@ -63,7 +63,7 @@ class LandmarkAttention(Mixer):
         rope_base: float = 10_000.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
@@ -108,6 +108,8 @@ class LandmarkAttention(Mixer):
         if self.rotary is not None:
             q, k, look, extra = (self.rotary.turn(z, positions) for z in (q, k, look, extra))
 
+        if state is not None:
+            state.check((self.num_kv_heads, 2 * self.head_dim), (self.num_kv_heads, self.head_dim), (0,))
         # Every token could end its block: what is made where none ends is never read.
         back = min(self.block_size - 1, 0 if state is None else state.filled.shape[1])
         near = (

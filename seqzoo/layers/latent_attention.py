@@ -62,7 +62,7 @@ class LatentAttention(Mixer):
         rope_layout: RopeLayout = "neighbours",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         key_dim = head_size("key_dim", key_dim, dim=dim, num_heads=num_heads)
         value_dim = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads)
         latent_dim = 4 * key_dim if latent_dim is None else latent_dim

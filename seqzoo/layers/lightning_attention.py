@@ -63,7 +63,7 @@ class LightningAttention(Mixer):
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         head_dim = head_size("head_dim", head_dim, dim=dim, num_heads=num_heads)
         check_depth(layer_index, num_layers)
         self.num_heads, self.head_dim, self.backend = num_heads, head_dim, backend

@@ -44,7 +44,7 @@ class LongConv(Mixer):
     no_weight_decay = frozenset({"kernel"})
 
     def __init__(self, dim: int, *, max_length: int = 1024, squash: float = 0.003, backend: str = "auto") -> None:
-        super().__init__()
+        super().__init__(dim)
         if max_length < 1:
             raise ValueError(f"max_length={max_length}: a filter needs at least 1 tap")
         if squash < 0:

@@ -60,7 +60,7 @@ class LRU(Mixer):
         max_phase: float = 2 * math.pi,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         size = dim if state_size is None else state_size
         if size < 1:
             raise ValueError(f"state_size={size}: use 1 or more")

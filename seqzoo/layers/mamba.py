@@ -65,7 +65,7 @@ class Mamba(Mixer):
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         step_rank = -(-dim // 16) if step_rank is None else step_rank
         for name, size in {"state_size": state_size, "expand": expand, "step_rank": step_rank}.items():
             if size < 1:

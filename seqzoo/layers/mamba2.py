@@ -73,7 +73,7 @@ class Mamba2(Mixer):
         step_limit: tuple[float, float] = (0.0, math.inf),
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         inner = expand * dim
         num_heads = grouped_heads(inner, head_dim=head_dim, num_groups=num_groups)
         if state_size < 1:

@@ -85,7 +85,7 @@ class Mamba3(Mixer):
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         inner = expand * dim
         num_heads = grouped_heads(inner, head_dim=head_dim, num_groups=num_groups)
         pairs = int(state_size * rope_fraction) // 2

@@ -47,7 +47,7 @@ class MinGRU(Mixer):
     def __init__(
         self, dim: int, *, expand: int = 2, positive: bool = True, use_bias: bool = False, backend: str = "auto"
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if expand < 1:
             raise ValueError(f"expand={expand}: use 1 or more")
         self.inner, self.positive, self.backend = expand * dim, positive, backend

@@ -55,7 +55,7 @@ class MLSTM(Mixer):
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         key_dim = head_size("key_dim", key_dim, dim=dim, num_heads=num_heads, share=0.5)
         value_dim = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads)
         if gate_soft_cap <= 0:

@@ -60,7 +60,7 @@ class NeuralMemory(Mixer):
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.heads = MemoryHeads(
             dim,
             num_heads=num_heads,

@@ -62,7 +62,7 @@ class RetNet(Mixer):
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         key = head_size("key_dim", key_dim, dim=dim, num_heads=num_heads)
         value = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads, share=2)
         if key % 2:

@@ -53,7 +53,7 @@ class RGLRU(Mixer):
     def __init__(
         self, dim: int, *, width: int | None = None, num_heads: int = 4, conv_size: int = 4, backend: str = "auto"
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         width = dim if width is None else width
         if width < 1 or num_heads < 1 or width % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the width {width}")

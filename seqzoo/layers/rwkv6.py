@@ -66,7 +66,7 @@ class RWKV6(Mixer):
         num_layers: int = 1,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         head_dim = min(64, dim) if head_dim is None else head_dim
         if head_dim < 1 or dim % head_dim:
             raise ValueError(f"head_dim={head_dim} does not divide dim={dim}")

@@ -31,7 +31,7 @@ class RWKV6ChannelMix(Mixer):
     no_weight_decay = frozenset({"mix"})
 
     def __init__(self, dim: int, *, hidden: int | None = None, layer_index: int = 0, num_layers: int = 1) -> None:
-        super().__init__()
+        super().__init__(dim)
         if hidden is None:
             hidden = 7 * dim // 2
             hidden -= hidden % 32 if hidden >= 32 else 0

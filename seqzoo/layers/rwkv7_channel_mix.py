@@ -30,7 +30,7 @@ class RWKV7ChannelMix(Mixer):
     state_formula = "dim"
 
     def __init__(self, dim: int, *, hidden: int | None = None, layer_index: int = 0, num_layers: int = 1) -> None:
-        super().__init__()
+        super().__init__(dim)
         hidden = 4 * dim if hidden is None else hidden
         if hidden < 1:
             raise ValueError(f"hidden={hidden}: the inner width is at least 1")

@@ -53,7 +53,7 @@ class S4D(Mixer):
     def __init__(
         self, dim: int, *, state_size: int = 64, frequencies: Frequencies = "linear", backend: str = "auto"
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if state_size < 2 or state_size % 2:
             raise ValueError(f"state_size={state_size}: expected an even number of at least 2")
         if frequencies not in get_args(Frequencies):

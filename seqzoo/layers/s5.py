@@ -54,7 +54,7 @@ class S5(Mixer):
     no_weight_decay = frozenset({"write.weight"})
 
     def __init__(self, dim: int, *, state_size: int = 256, num_blocks: int = 8, backend: str = "auto") -> None:
-        super().__init__()
+        super().__init__(dim)
         if num_blocks < 1 or state_size < 1 or state_size % (2 * num_blocks):
             raise ValueError(
                 f"state_size={state_size}, num_blocks={num_blocks}: expected a multiple of 2 * num_blocks, at least 2"

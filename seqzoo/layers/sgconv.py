@@ -57,7 +57,7 @@ class SGConv(Mixer):
         decay_max: float = 2.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if not 1 <= kernel_dim <= max_length:
             raise ValueError(f"kernel_dim={kernel_dim}: at least 1 and at most max_length={max_length}")
         if min(decay_min, decay_max) <= 0:

@@ -34,7 +34,7 @@ class ShortConv(Mixer):
     operators = ("short_conv",)
 
     def __init__(self, dim: int, *, conv_size: int = 3, backend: str = "auto") -> None:
-        super().__init__()
+        super().__init__(dim)
         self.projection = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = CausalConv(dim, conv_size, backend=backend)
         self.out = nn.Linear(dim, dim, bias=False)

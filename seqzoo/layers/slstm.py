@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from seqzoo.kernels.backends import check_floats
 from seqzoo.mixer import Mixer
 from seqzoo.parts.depth import depth_ratios
 from seqzoo.parts.norm import GroupLayerNorm
@@ -67,7 +68,7 @@ class SLSTM(Mixer):
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         self.num_heads = num_heads
@@ -95,6 +96,9 @@ class SLSTM(Mixer):
         super().reset_parameters()
         self._draw()
 
+    def input_weight(self) -> Tensor:
+        return self.gates
+
     @torch.no_grad()
     def scale_output(self, factor: float) -> None:
         self.norm.weight.mul_(factor)
@@ -110,11 +114,13 @@ class SLSTM(Mixer):
         driven = torch.cat([z @ weight for z, weight in zip(heads, self.gates, strict=True)], -1)
         wide = torch.promote_types(x.dtype, torch.float32)
         bias = rearrange(self.bias.to(wide), "(g h i) -> h 1 (g i)", g=4, h=self.num_heads)
-        driven = rearrange(driven.to(wide) + bias, "h (b t) g -> t h b g", b=len(x))
+        driven = rearrange(driven.to(wide) + bias, "h (b t) g -> t h b g", t=x.shape[1])
         if state is None:
             zero = driven.new_zeros(self.num_heads, len(x), self.gates.shape[-1])
             carried = zero, zero, zero, zero + NOTHING
         else:
+            for name, z in zip(SLSTMState._fields[:4], state[:4], strict=True):
+                check_floats("SLSTM", f"state.{name}", z, (len(x), x.shape[2]))
             carried = tuple(rearrange(z.to(wide), "b (h i) -> h b i", h=self.num_heads) for z in state[:4])
         with torch.autocast(x.device.type, enabled=False):
             outputs, carried = self._walk(driven, carried, starts)

@@ -22,7 +22,7 @@ class SwiGLU(Mixer):
     """
 
     def __init__(self, dim: int, *, hidden: int | None = None) -> None:
-        super().__init__()
+        super().__init__(dim)
         hidden = -(-8 * dim // 24) * 8 if hidden is None else hidden
         if hidden < 1:
             raise ValueError(f"hidden={hidden}: the inner width is at least 1")

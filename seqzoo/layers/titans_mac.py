@@ -82,7 +82,7 @@ class TitansMAC(Mixer):
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if segment < 1:
             raise ValueError(f"segment={segment}: use 1 or more tokens")
         self.segment, self.backend = segment, backend

@@ -6,6 +6,8 @@ backbone (`ShortConv` as a sublayer before it mixes neighbours).
 
 from __future__ import annotations
 
+from functools import partial
+
 from seqzoo.parts.ttt import SelfTrainedHeads, SelfTrainedMixer
 
 
@@ -48,8 +50,8 @@ class TTTLinear(SelfTrainedMixer):
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        heads = SelfTrainedHeads(
-            dim,
+        build = partial(
+            SelfTrainedHeads,
             num_heads=num_heads,
             head_dim=head_dim,
             hidden=None,
@@ -59,4 +61,4 @@ class TTTLinear(SelfTrainedMixer):
             norm_eps=norm_eps,
             backend=backend,
         )
-        super().__init__(dim, heads, use_gate=use_gate, norm_eps=norm_eps, backend=backend)
+        super().__init__(dim, build, use_gate=use_gate, norm_eps=norm_eps, backend=backend)

@@ -7,6 +7,8 @@ of the training.
 
 from __future__ import annotations
 
+from functools import partial
+
 from seqzoo.parts.ttt import SelfTrainedHeads, SelfTrainedMixer
 
 
@@ -51,8 +53,8 @@ class TTTMLP(SelfTrainedMixer):
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        heads = SelfTrainedHeads(
-            dim,
+        build = partial(
+            SelfTrainedHeads,
             num_heads=num_heads,
             head_dim=head_dim,
             hidden=expand,
@@ -62,4 +64,4 @@ class TTTMLP(SelfTrainedMixer):
             norm_eps=norm_eps,
             backend=backend,
         )
-        super().__init__(dim, heads, use_gate=use_gate, norm_eps=norm_eps, backend=backend)
+        super().__init__(dim, build, use_gate=use_gate, norm_eps=norm_eps, backend=backend)

@@ -28,4 +28,4 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
         parts = rearrange(x, "b t (h i) -> h (b t) i", h=len(self.weight))
-        return rearrange(parts @ self.weight, "h (b t) o -> b t (h o)", b=len(x))
+        return rearrange(parts @ self.weight, "h (b t) o -> b t (h o)", t=x.shape[1])

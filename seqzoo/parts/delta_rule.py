@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from seqzoo.kernels.backends import check_shape
 from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import l2_normalize
 from seqzoo.parts.short_conv import CausalConv
@@ -87,6 +88,8 @@ class QueryKeyValue(nn.Module):
     ]:
         """Queries, keys, values and the convolution's state."""
         mixed = self.projection(x)
+        if self.conv is None:
+            check_shape("conv_size=None", "state.conv", state, (len(x), 0, mixed.shape[2]))
         mixed, last = (F.silu(mixed), mixed[:, :0].clone()) if self.conv is None else self.conv(mixed, state, starts)
         q, k, v = mixed.split(self.widths, -1)
         steps = () if self.steps is None else (self.steps,)

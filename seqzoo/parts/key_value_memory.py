@@ -5,6 +5,7 @@ Both are states (tensors only, batch first). ``position`` counts the tokens of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,8 @@ class KeyValueBuffer(NamedTuple):
         """The memory once more is read; in place, growing by doubling, when autograd is off."""
         if log_forget is None:
             log_forget = keys.new_empty(*keys.shape[:2], 0)
+        if past is not None:
+            past.check(keys.shape[2:], values.shape[2:], log_forget.shape[2:])
         used = 0 if past is None else past.filled.shape[1]
         filled = keys.new_empty(len(keys), used + keys.shape[1], 0)
         if past is None:
@@ -46,6 +49,22 @@ class KeyValueBuffer(NamedTuple):
             keys, values = _extended(past.keys, used, keys), _extended(past.values, used, values)
             log_forget = _extended(past.log_forget, used, log_forget)
         return cls(keys, values, log_forget, position, filled)
+
+    def check(self, keys: Sequence[int], values: Sequence[int], log_forget: Sequence[int]) -> None:
+        """Raise ValueError unless it holds numbers of these shapes in a slot: of keys, values and what is forgotten."""
+        filled = self.filled.shape
+        if len(filled) != 3 or filled[2]:
+            raise ValueError(
+                f"KeyValueBuffer: state.filled has shape {tuple(filled)}; expected (batch, slots in use, 0)"
+            )
+        for name, kept, shape in zip(
+            ("keys", "values", "log_forget"), self[:3], (keys, values, log_forget), strict=True
+        ):
+            if kept.ndim < 2 or kept.shape[2:] != shape or kept.shape[1] < filled[1] or not kept.is_floating_point():
+                raise ValueError(
+                    f"KeyValueBuffer: state.{name} is {kept.dtype} {tuple(kept.shape)}; expected floating point "
+                    f"(batch, {filled[1]} or more, {', '.join(map(str, shape))})"
+                )
 
     def used(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values as ``dtype``, and logarithms of what is forgotten, in the slots that are filled."""
@@ -69,6 +88,15 @@ class KeyValueRing(NamedTuple):
     keys: Float[Tensor, "batch slot head key"]
     values: Float[Tensor, "batch slot head value"]
     position: Int[Tensor, " batch"]
+
+    def check(self, slots: int, keys: Sequence[int], values: Sequence[int]) -> None:
+        """Raise ValueError unless it has so many slots, and in each keys and values of these shapes."""
+        for name, kept, shape in zip(("keys", "values"), self[:2], (keys, values), strict=True):
+            if kept.shape[1:] != (slots, *shape) or not kept.is_floating_point():
+                raise ValueError(
+                    f"KeyValueRing: state.{name} is {kept.dtype} {tuple(kept.shape)}; expected floating point "
+                    f"(batch, {slots}, {', '.join(map(str, shape))})"
+                )
 
     def empty(self) -> Int[Tensor, " batch"]:
         """How many slots in front hold nothing yet."""
@@ -98,6 +126,8 @@ class KeyValueRing(NamedTuple):
         cls, past: KeyValueRing | None, keys: Tensor, values: Tensor, position: Tensor, window: int, sinks: int
     ) -> KeyValueRing:
         """The ring once more ``keys`` and ``values`` are read and the open document has ``position`` tokens."""
+        if past is not None:
+            past.check(sinks + window, keys.shape[2:], values.shape[2:])
         held = held_positions(position, window, sinks)
         token = keys.shape[1] - position[:, None] + held
         if past is None:
@@ -114,6 +144,7 @@ class KeyValueRing(NamedTuple):
 
     def step(self, key: Tensor, value: Tensor, position: Tensor, window: int, sinks: int) -> KeyValueRing:
         """``after`` for one token ``[batch 1 head key]``; in place when autograd is off."""
+        self.check(sinks + window, key.shape[2:], value.shape[2:])
         last = position - 1
         slot = sinks + window - 1 - torch.where(last < sinks, last, sinks + (last - sinks) % window)
         rows = torch.arange(len(slot), device=slot.device)

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from seqzoo.kernels.fast_weights import FastWeightsState, fast_weights
+from seqzoo.kernels.fast_weights import FastWeightsState, check_state, fast_weights
 from seqzoo.parts.delta_rule import QueryKeyValue
 
 FORGET_BIAS = -5.0
@@ -144,6 +144,7 @@ class MemoryHeads(nn.Module):
         wide = torch.promote_types(q.dtype, torch.float32)
         z, weights = q.to(wide), tuple(weight.to(wide) for weight in self.weights)
         if state is not None:
+            check_state(state.weights, weights, len(q), momentum=True)
             anchor = state.weights.anchor
             if begins is not None:
                 fresh = begins[:, None, None, None]

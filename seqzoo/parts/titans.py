@@ -51,7 +51,7 @@ class MemoryAndWindow(Mixer):
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.attention = PersistentWindow(
             dim, num_heads=num_heads, window=window, persistent=persistent, rope_base=rope_base, backend=backend
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -134,7 +136,7 @@ class SelfTrainedMixer(Mixer):
 
     Args:
         dim: width of the input and output.
-        heads: what remembers.
+        build: makes of the width what remembers.
         use_gate: whether the normalised output is multiplied by ``gelu(W x)``.
         norm_eps: added to the variance in the norm.
         backend: the norm's.
@@ -142,9 +144,11 @@ class SelfTrainedMixer(Mixer):
 
     operators = ("fast_weights",)
 
-    def __init__(self, dim: int, heads: SelfTrainedHeads, *, use_gate: bool, norm_eps: float, backend: str) -> None:
-        super().__init__()
-        self.heads = heads
+    def __init__(
+        self, dim: int, build: Callable[[int], SelfTrainedHeads], *, use_gate: bool, norm_eps: float, backend: str
+    ) -> None:
+        super().__init__(dim)
+        self.heads = heads = build(dim)
         self.norm = GroupLayerNorm(heads.width, eps=norm_eps, bias=True, backend=backend)
         self.gate = nn.Linear(dim, heads.width, bias=False) if use_gate else None
         self.out = nn.Linear(heads.width, dim, bias=False)

@@ -151,10 +151,10 @@ def _cutoff(q: Tensor, k: Tensor, scale: float, soft_cap: float | None, prune: f
 def _check(q, k, v, log_forget, sink, first, prefix) -> None:
     check_attention("attention", q, k, v)
     (batch, time, heads, _), slots = q.shape, k.shape[1]
+    check_numbers("attention", None, {"log_forget": log_forget, "sink": sink}, q=q)
     check_shape("attention", "log_forget", log_forget, (batch, slots, heads))
     check_shape("attention", "sink", sink, (heads,))
     check_shape("attention", "first", first, (batch, time))
-    check_numbers("attention", None, q=q, log_forget=log_forget, sink=sink)
     check_index("attention", "first", first, q)
     check_log_decay("attention", log_forget, "log_forget", finite=True)
     if first is not None and checks_ranges():

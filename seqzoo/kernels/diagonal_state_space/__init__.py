@@ -11,7 +11,15 @@ from __future__ import annotations
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, dispatch, explained
+from seqzoo.kernels.backends import (
+    check_kind,
+    check_log_decay,
+    check_numbers,
+    check_shape,
+    check_tensor,
+    dispatch,
+    explained,
+)
 from seqzoo.kernels.diagonal_state_space import chunked, reference
 
 IMPLEMENTATIONS = {"reference": reference.diagonal_state_space, "chunked": chunked.diagonal_state_space}
@@ -45,6 +53,13 @@ def diagonal_state_space(
     Raises:
         ValueError: shapes or dtypes do not fit together, or ``backend`` cannot serve.
     """
+    check_numbers("diagonal_state_space", starts, x=x)
+    inputs = {"exponent": exponent, "write": write, "read": read} | ({} if state is None else {"state": state})
+    for name, tensor in inputs.items():
+        check_tensor("diagonal_state_space", name, tensor)
+        if not tensor.is_complex() or tensor.device != x.device:
+            kind = f"{tensor.dtype} on {tensor.device}"
+            raise ValueError(f"diagonal_state_space: {name} is {kind}; expected complex numbers on {x.device}")
     if x.ndim != 3 or exponent.ndim != 2 or exponent.shape[0] != x.shape[2]:
         raise ValueError(
             f"diagonal_state_space: x {tuple(x.shape)}, exponent {tuple(exponent.shape)} do not fit together; expected "
@@ -59,9 +74,5 @@ def diagonal_state_space(
             )
     check_shape("diagonal_state_space", "starts", starts, tuple(x.shape[:2]))
     check_kind("diagonal_state_space", "x", x)
-    check_numbers("diagonal_state_space", starts, x=x)
-    for name, tensor in {"exponent": exponent, "write": write, "read": read, "state": state}.items():
-        if tensor is not None and (not tensor.is_complex() or tensor.device != x.device):
-            kind = f"{tensor.dtype} on {tensor.device}"
-            raise ValueError(f"diagonal_state_space: {name} is {kind}; expected complex numbers on {x.device}")
+    check_log_decay("diagonal_state_space", exponent.real, "the real part of exponent")
     return dispatch("diagonal_state_space", IMPLEMENTATIONS, backend, x, x, exponent, write, read, state, starts)

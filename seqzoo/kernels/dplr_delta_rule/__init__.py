@@ -56,10 +56,11 @@ def dplr_delta_rule(
     Raises:
         ValueError: shapes or dtypes do not fit together, or ``backend`` cannot serve.
     """
-    if q.ndim != 4 or v.ndim != 4 or q.shape[:3] != v.shape[:3]:
+    check_numbers("dplr_delta_rule", starts, {"state": state}, q=q, k=k, v=v, a=a, b=b, log_decay=log_decay)
+    if q.ndim != 4 or v.ndim != 4 or q.shape[:3] != v.shape[:3] or not q.shape[2]:
         raise ValueError(
             f"dplr_delta_rule: q {tuple(q.shape)}, v {tuple(v.shape)} do not fit together; expected "
-            "[batch, time, head, key] and [batch, time, head, value]"
+            "[batch, time, head, key] and [batch, time, head, value] with a head at least"
         )
     for name, tensor in {"k": k, "a": a, "b": b, "log_decay": log_decay}.items():
         check_shape("dplr_delta_rule", name, tensor, tuple(q.shape))
@@ -67,5 +68,4 @@ def dplr_delta_rule(
     check_shape("dplr_delta_rule", "state", state, (v.shape[0], *q.shape[2:], v.shape[3]))
     check_shape("dplr_delta_rule", "starts", starts, tuple(v.shape[:2]))
     check_log_decay("dplr_delta_rule", log_decay)
-    check_numbers("dplr_delta_rule", starts, q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, state=state)
     return dispatch("dplr_delta_rule", IMPLEMENTATIONS, backend, v, q, k, v, a, b, log_decay, state, starts)

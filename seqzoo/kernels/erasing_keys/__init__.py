@@ -64,11 +64,6 @@ def erasing_keys(
     Raises:
         ValueError: shapes or dtypes do not fit together, or ``backend`` cannot serve.
     """
-    if bonus.ndim != 2 or k.ndim < 1 or k.shape[-1] != bonus.numel():
-        raise ValueError(
-            f"erasing_keys: k {tuple(k.shape)}, bonus {tuple(bonus.shape)} do not fit together; expected [..., dim] "
-            "and [head, key] with dim = head * key"
-        )
     per_token: dict[str, Any] = {"r": r, "decay": decay, "rate": rate}
     learned: dict[str, Any] = {
         "decay_bias": decay_bias,
@@ -76,11 +71,16 @@ def erasing_keys(
         "key_scale": key_scale,
         "key_rate": key_rate,
     }
+    check_numbers("erasing_keys", None, k=k, **per_token, **learned, bonus=bonus)
+    if bonus.ndim != 2 or k.ndim < 1 or k.shape[-1] != bonus.numel():
+        raise ValueError(
+            f"erasing_keys: k {tuple(k.shape)}, bonus {tuple(bonus.shape)} do not fit together; expected [..., dim] "
+            "and [head, key] with dim = head * key"
+        )
     for name, tensor in per_token.items():
         check_shape("erasing_keys", name, tensor, tuple(k.shape))
     for name, tensor in learned.items():
         check_shape("erasing_keys", name, tensor, (k.shape[-1],))
-    check_numbers("erasing_keys", None, k=k, **per_token, **learned, bonus=bonus)
     dtype = k.dtype
     for tensor in per_token.values():
         dtype = torch.promote_types(dtype, tensor.dtype)

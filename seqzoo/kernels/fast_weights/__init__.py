@@ -22,7 +22,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, dispatch, explained
+from seqzoo.kernels.backends import (
+    check_floats,
+    check_kind,
+    check_kind_of_state,
+    check_log_decay,
+    check_numbers,
+    check_shape,
+    dispatch,
+    explained,
+)
 from seqzoo.kernels.fast_weights import chunked, native, reference
 from seqzoo.kernels.fast_weights.reference import GELUS, FastWeightsState, Gelu
 
@@ -80,24 +89,26 @@ def fast_weights(
     Raises:
         ValueError: shapes do not fit together, a setting is out of range, or ``backend`` cannot serve.
     """
+    if not isinstance(weights, (tuple, list)):
+        raise ValueError(f"fast_weights: weights is {type(weights).__name__}; expected a tuple of tensors, one a layer")
+    learned: dict[str, Any] = {f"weights[{i}]": w for i, w in enumerate(weights)}
+    gates = {"log_momentum": log_momentum, "log_keep": log_keep}
+    optional = {"norm_weight": norm_weight, "norm_bias": norm_bias, "reach": reach, **gates}
+    check_numbers("fast_weights", starts, optional, q=q, k=k, v=v, rate=rate, **learned)
     _check_shapes(q, k, v, rate, weights, norm_weight, norm_bias, reach, log_momentum, log_keep, state, starts, chunk)
     if gelu not in GELUS:
         raise ValueError(f"gelu={gelu!r}: use {' or '.join(map(repr, GELUS))}")
-    learned = {f"weights[{i}]": w for i, w in enumerate(weights)} | {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    numbers: dict[str, Any] = learned | {"rate": rate, "reach": reach, "log_momentum": log_momentum}
-    check_numbers("fast_weights", starts, q=q, k=k, v=v, log_keep=log_keep, **numbers)
-    settings = chunk, gelu, norm_eps
-    gates = norm_weight, norm_bias, reach, log_momentum, log_keep
-    return dispatch(
-        "fast_weights", IMPLEMENTATIONS, backend, v, q, k, v, rate, tuple(weights), *gates, state, starts, *settings
-    )
+    for name, gate in gates.items():
+        check_log_decay("fast_weights", gate, name)
+    inputs = q, k, v, rate, tuple(weights), *optional.values(), state, starts
+    return dispatch("fast_weights", IMPLEMENTATIONS, backend, v, *inputs, chunk, gelu, norm_eps)
 
 
 def _check_shapes(q, k, v, rate, weights, norm_weight, norm_bias, reach, log_momentum, log_keep, state, starts, chunk):
-    if q.ndim != 4 or v.ndim != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+    if q.ndim != 4 or v.ndim != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3] or not q.shape[2]:
         raise ValueError(
             f"fast_weights: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; expected "
-            "[batch, time, head, key] twice and [batch, time, head, value]"
+            "[batch, time, head, key] twice and [batch, time, head, value] with a head at least"
         )
     check_kind("fast_weights", "v", v, q=q, k=k)
     if chunk < 1:
@@ -128,13 +139,20 @@ def _check_shapes(q, k, v, rate, weights, norm_weight, norm_bias, reach, log_mom
             f"fast_weights: v has shape {tuple(v.shape)} and k {tuple(k.shape)}; with a norm expected (equal widths)"
         )
     if state is not None:
-        layers = {"anchor": weights, "change": weights, "momentum": weights if log_momentum is not None else ()}
-        for name, expected in layers.items():
-            kept = getattr(state, name)
-            if len(kept) != len(expected):
-                raise ValueError(f"fast_weights: state.{name} has {len(kept)} layers; expected ({len(expected)})")
-            for index, (tensor, weight) in enumerate(zip(kept, expected, strict=True)):
-                check_shape("fast_weights", f"state.{name}[{index}]", tensor, (batch, *weight.shape))
-        check_shape("fast_weights", "state.position", state.position, (batch,))
-        if state.position.dtype != torch.int64:
-            raise ValueError(f"fast_weights: state.position is {state.position.dtype}; expected torch.int64")
+        check_state(state, weights, batch, momentum=log_momentum is not None)
+
+
+def check_state(
+    state: FastWeightsState, weights: tuple[Float[Tensor, "head _ _"], ...], batch: int, *, momentum: bool
+) -> None:
+    """Raise ValueError unless ``state`` is one of ``batch`` rows for memories of such ``weights``."""
+    check_kind_of_state("fast_weights", state, FastWeightsState)
+    for name, expected in {"anchor": weights, "change": weights, "momentum": weights if momentum else ()}.items():
+        kept = getattr(state, name)
+        if len(kept) != len(expected):
+            raise ValueError(f"fast_weights: state.{name} has {len(kept)} layers; expected ({len(expected)})")
+        for index, (tensor, weight) in enumerate(zip(kept, expected, strict=True)):
+            check_floats("fast_weights", f"state.{name}[{index}]", tensor, (batch, *weight.shape))
+    check_shape("fast_weights", "state.position", state.position, (batch,))
+    if state.position.dtype != torch.int64:
+        raise ValueError(f"fast_weights: state.position is {state.position.dtype}; expected torch.int64")

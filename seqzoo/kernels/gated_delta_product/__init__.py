@@ -55,6 +55,7 @@ def gated_delta_product(
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
     operator = "gated_delta_product"
+    check_numbers(operator, starts, {"log_decay": log_decay, "state": state}, q=q, k=k, v=v, beta=beta)
     if k.ndim != 5 or v.ndim != 5 or k.shape[:3] != v.shape[:3] or k.shape[2] < 1:
         raise ValueError(
             f"{operator}: k {tuple(k.shape)}, v {tuple(v.shape)} do not fit together; expected "
@@ -63,5 +64,4 @@ def gated_delta_product(
     check_heads(operator, q, k[:, :, 0], v[:, :, 0], {}, state, starts)
     check_decay(operator, log_decay, q, v[:, :, 0])
     check_shape(operator, "beta", beta, tuple(v.shape[:4]))
-    check_numbers(operator, starts, q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
     return dispatch(operator, IMPLEMENTATIONS, backend, v, q, k, v, log_decay, beta, state, starts)

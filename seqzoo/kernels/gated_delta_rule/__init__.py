@@ -54,7 +54,7 @@ def gated_delta_rule(
     Raises:
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
+    check_numbers("gated_delta_rule", starts, {"log_decay": log_decay, "state": state}, q=q, k=k, v=v, beta=beta)
     check_heads("gated_delta_rule", q, k, v, {"beta": beta}, state, starts)
     check_decay("gated_delta_rule", log_decay, q, v)
-    check_numbers("gated_delta_rule", starts, q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
     return dispatch("gated_delta_rule", IMPLEMENTATIONS, backend, v, q, k, v, log_decay, beta, state, starts)

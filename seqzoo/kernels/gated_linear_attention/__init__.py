@@ -64,10 +64,11 @@ def gated_linear_attention(
     Raises:
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
+    optional = {"log_decay": log_decay, "bonus": bonus, "state": state}
+    check_numbers("gated_linear_attention", starts, optional, q=q, k=k, v=v)
     check_heads("gated_linear_attention", q, k, v, {}, state, starts)
     per_channel = log_decay is not None and log_decay.ndim == 4
     check_shape("gated_linear_attention", "log_decay", log_decay, (*v.shape[:3], *q.shape[3:] * per_channel))
     check_shape("gated_linear_attention", "bonus", bonus, (v.shape[2], q.shape[3]))
     check_log_decay("gated_linear_attention", log_decay)
-    check_numbers("gated_linear_attention", starts, q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, state=state)
     return dispatch("gated_linear_attention", IMPLEMENTATIONS, backend, v, q, k, v, log_decay, bonus, state, starts)

@@ -12,13 +12,14 @@ No token sees another: so there is no state, and its place is in ``TOKENWISE``, 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import FLOATS, choose
+from seqzoo.kernels.backends import check_backend, check_numbers, choose
 from seqzoo.kernels.gated_norm import native, reference, triton_op
 
 Activation = Literal["silu", "sigmoid"]
@@ -66,8 +67,13 @@ def gated_norm(
     Raises:
         ValueError: shapes or dtypes do not fit together, there is no such ``activation``, or ``backend`` cannot serve.
     """
+    check_numbers("gated_norm", None, {"gate": gate, "weight": weight, "bias": bias}, x=x)
+    if x.ndim < 1:
+        raise ValueError(f"gated_norm: x has shape {tuple(x.shape)}; expected [..., channel]")
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"gated_norm: groups={groups} does not divide the {x.shape[-1]} channels of x")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"gated_norm: eps={eps}; expected a number above 0")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"gated_norm: activation={activation!r}; use silu or sigmoid")
     if gate is not None and gate.shape != x.shape:
@@ -80,14 +86,10 @@ def gated_norm(
             )
     if weight is not None and bias is not None and len(weight) != len(bias):
         raise ValueError(f"gated_norm: bias has {len(bias)} numbers; expected as many as weight, {len(weight)}")
-    for name, tensor in {"x": x, "gate": gate, "weight": weight, "bias": bias}.items():
-        if tensor is not None and (tensor.dtype not in FLOATS or tensor.device != x.device):
-            raise ValueError(
-                f"gated_norm: {name} is {tensor.dtype} on {tensor.device}; expected floating point on {x.device}"
-            )
     if gate is not None and gate.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gate.dtype)
         x, gate = x.to(dtype), gate.to(dtype)
+    check_backend("gated_norm", backend)
     # A layer may ask for code that its operators have and norms have not.
     name = backend if backend == "auto" or backend in IMPLEMENTATIONS else "reference"
     run = IMPLEMENTATIONS[choose("gated_norm", IMPLEMENTATIONS, name, x, 1)]

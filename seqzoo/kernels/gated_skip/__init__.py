@@ -47,6 +47,7 @@ def gated_skip(
     Raises:
         ValueError: shapes or dtypes do not fit together, there is no such ``activation``, or ``backend`` cannot serve.
     """
+    check_numbers("gated_skip", None, {"gate": gate}, x=x, skip=skip, weight=weight)
     if x.ndim < 1 or weight.shape[:-1] != x.shape[:-1] or not weight.shape[-1] or x.shape[-1] % weight.shape[-1]:
         raise ValueError(
             f"gated_skip: x {tuple(x.shape)}, weight {tuple(weight.shape)} do not fit together; expected "
@@ -56,7 +57,6 @@ def gated_skip(
         raise ValueError(f"gated_skip: activation={activation!r}; use silu or None")
     check_shape("gated_skip", "skip", skip, tuple(x.shape))
     check_shape("gated_skip", "gate", gate, tuple(x.shape))
-    check_numbers("gated_skip", None, x=x, skip=skip, weight=weight, gate=gate)
     dtype = torch.promote_types(x.dtype, skip.dtype)
     dtype = dtype if gate is None else torch.promote_types(dtype, gate.dtype)
     x, skip, gate = x.to(dtype), skip.to(dtype), None if gate is None else gate.to(dtype)

@@ -14,7 +14,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_attention, check_index, check_kind, check_shape, choose, explained
+from seqzoo.kernels.backends import (
+    check_attention,
+    check_index,
+    check_kind,
+    check_shape,
+    check_tensor,
+    choose,
+    explained,
+)
 from seqzoo.kernels.landmark_attention import chunked, reference
 
 IMPLEMENTATIONS = {"reference": reference.landmark_attention, "chunked": chunked.landmark_attention}
@@ -59,6 +67,8 @@ def landmark_attention(
         ValueError: shapes, dtypes or settings do not fit together, or ``backend`` cannot serve.
     """
     check_attention("landmark_attention", q, k, v)
+    check_tensor("landmark_attention", "landmarks", landmarks)
+    check_tensor("landmark_attention", "place", place)
     check_shape("landmark_attention", "landmarks", landmarks, tuple(k.shape))
     check_shape("landmark_attention", "place", place, tuple(k.shape[:2]))
     check_kind("landmark_attention", "q", q, landmarks=landmarks)

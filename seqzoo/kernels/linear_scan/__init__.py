@@ -49,6 +49,7 @@ def linear_scan(
     Raises:
         ValueError: shapes or dtypes do not fit together, or ``backend`` cannot serve.
     """
+    check_numbers("linear_scan", starts, {"state": state}, complex_too=True, a=a, b=b)
     if b.ndim != 3 or a.shape not in (b.shape, b.shape[2:]):
         raise ValueError(
             f"linear_scan: a {tuple(a.shape)}, b {tuple(b.shape)} do not fit together; expected [batch, time, channel] "
@@ -56,7 +57,7 @@ def linear_scan(
         )
     if a.is_complex() != b.is_complex() or (state is not None and state.is_complex() != b.is_complex()):
         dtypes = f"a {a.dtype}, b {b.dtype}" + ("" if state is None else f", state {state.dtype}")
-        raise ValueError(f"linear_scan: {dtypes}: all must be real, or all complex")
+        raise ValueError(f"linear_scan: {dtypes}; expected all to be real, or all complex")
     batch, time, channels = b.shape
     check_shape("linear_scan", "state", state, (batch, channels))
     if starts is not None and starts.shape != (batch, time):
@@ -64,5 +65,4 @@ def linear_scan(
             f"linear_scan: starts has shape {tuple(starts.shape)}, b {tuple(b.shape)}; expected {(batch, time)}"
         )
     check_kind("linear_scan", "b", b)
-    check_numbers("linear_scan", starts, complex_too=True, a=a, b=b, state=state)
     return dispatch("linear_scan", IMPLEMENTATIONS, backend, b, a, b, state, starts)

@@ -42,6 +42,7 @@ def long_conv(
     Raises:
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
+    check_numbers("long_conv", starts, {"state": state}, x=x, kernel=kernel)
     if x.ndim != 3 or kernel.ndim != 2 or kernel.shape[0] != x.shape[2] or kernel.shape[1] < 1:
         raise ValueError(
             f"long_conv: x {tuple(x.shape)}, kernel {tuple(kernel.shape)} do not fit together; expected "
@@ -50,5 +51,4 @@ def long_conv(
     check_shape("long_conv", "state", state, (len(x), kernel.shape[1] - 1, x.shape[2]))
     check_shape("long_conv", "starts", starts, tuple(x.shape[:2]))
     check_kind("long_conv", "x", x)
-    check_numbers("long_conv", starts, x=x, kernel=kernel, state=state)
     return dispatch("long_conv", IMPLEMENTATIONS, backend, x, x, kernel, state, starts)

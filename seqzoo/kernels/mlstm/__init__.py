@@ -15,12 +15,21 @@ queries of zeros after an input gate so large that e^{-m} vanishes.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqzoo.kernels import gated_linear_attention as _gated_linear_attention
-from seqzoo.kernels.backends import check_heads, check_numbers, check_shape, dispatch, explained
+from seqzoo.kernels.backends import (
+    check_heads,
+    check_kind_of_state,
+    check_log_decay,
+    check_numbers,
+    check_shape,
+    dispatch,
+    explained,
+)
 from seqzoo.kernels.mlstm import native, reference, stabilized
 from seqzoo.kernels.mlstm.reference import MLSTMState
 
@@ -63,13 +72,18 @@ def mlstm(
     Raises:
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
-    check_heads("mlstm", q, k, v, {"input_gate": input_gate, "log_forget": log_forget}, None, starts)
+    states = {}
+    if state is not None:
+        check_kind_of_state("mlstm", state, MLSTMState)
+        states = {f"state.{name}": tensor for name, tensor in state._asdict().items()}
+    gates: dict[str, Any] = {"input_gate": input_gate, "log_forget": log_forget}
+    check_numbers("mlstm", starts, states, q=q, k=k, v=v, **gates)
+    check_heads("mlstm", q, k, v, gates, None, starts)
     batch, _, heads, value = v.shape
     check_shape("mlstm", "q", q, (*v.shape[:3], q.shape[3]))
     if state is not None:
         check_shape("mlstm", "state.memory", state.memory, (batch, heads, q.shape[3], value))
         check_shape("mlstm", "state.normalizer", state.normalizer, (batch, heads, q.shape[3]))
         check_shape("mlstm", "state.stabilizer", state.stabilizer, (batch, heads))
-    states = {} if state is None else state._asdict()
-    check_numbers("mlstm", starts, q=q, k=k, v=v, input_gate=input_gate, log_forget=log_forget, **states)
+    check_log_decay("mlstm", log_forget, "log_forget")
     return dispatch("mlstm", IMPLEMENTATIONS, backend, v, q, k, v, input_gate, log_forget, state, starts)

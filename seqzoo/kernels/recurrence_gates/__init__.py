@@ -49,16 +49,16 @@ def recurrence_gates(
     Raises:
         ValueError: shapes or dtypes do not fit together, or ``backend`` cannot serve.
     """
-    if u.ndim < 1:
-        raise ValueError(f"recurrence_gates: u has shape {tuple(u.shape)}; expected [..., channel]")
     per_token: dict[str, Any] = {"recurrence": recurrence, "input": input}
     learned: dict[str, Any] = {"recurrence_bias": recurrence_bias, "input_bias": input_bias, "rate": rate}
+    check_numbers("recurrence_gates", begins, u=u, **per_token, **learned)
+    if u.ndim < 1:
+        raise ValueError(f"recurrence_gates: u has shape {tuple(u.shape)}; expected [..., channel]")
     for name, tensor in per_token.items():
         check_shape("recurrence_gates", name, tensor, tuple(u.shape))
     for name, tensor in learned.items():
         check_shape("recurrence_gates", name, tensor, (u.shape[-1],))
     check_shape("recurrence_gates", "begins", begins, tuple(u.shape[:-1]))
-    check_numbers("recurrence_gates", begins, u=u, **per_token, **learned)
     dtype = u.dtype
     for tensor in per_token.values():
         dtype = torch.promote_types(dtype, tensor.dtype)

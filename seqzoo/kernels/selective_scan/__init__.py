@@ -13,7 +13,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, dispatch, explained
+from seqzoo.kernels.backends import check_kind, check_log_decay, check_numbers, check_shape, dispatch, explained
 from seqzoo.kernels.selective_scan import chunked, mamba_ssm_adapter, native, reference, triton_op
 
 IMPLEMENTATIONS = {
@@ -61,6 +61,8 @@ def selective_scan(
     Raises:
         ValueError: shapes do not fit together, or ``backend`` cannot serve.
     """
+    optional = {"D": D, "gate": gate, "dt_bias": dt_bias, "state": state}
+    check_numbers("selective_scan", starts, optional, x=x, dt=dt, A=A, B=B, C=C)
     if x.ndim != 3 or A.ndim != 2 or A.shape[0] != x.shape[2] or dt.shape != x.shape:
         raise ValueError(
             f"selective_scan: x {tuple(x.shape)}, dt {tuple(dt.shape)}, A {tuple(A.shape)} do not fit together; "
@@ -78,5 +80,5 @@ def selective_scan(
             )
     check_shape("selective_scan", "starts", starts, (batch, time))
     check_kind("selective_scan", "x", x, B=B, C=C, gate=gate)
-    check_numbers("selective_scan", starts, x=x, dt=dt, A=A, B=B, C=C, D=D, gate=gate, dt_bias=dt_bias, state=state)
+    check_log_decay("selective_scan", A, "A")
     return dispatch("selective_scan", IMPLEMENTATIONS, backend, x, x, dt, A, B, C, D, gate, dt_bias, state, starts)

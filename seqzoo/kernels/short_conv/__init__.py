@@ -53,6 +53,7 @@ def short_conv(
     Raises:
         ValueError: shapes do not fit together, or ``activation`` or ``backend`` cannot serve.
     """
+    check_numbers("short_conv", starts, {"bias": bias, "state": state}, x=x, weight=weight)
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
         raise ValueError(
             f"short_conv: x {tuple(x.shape)}, weight {tuple(weight.shape)} do not fit together; expected "
@@ -65,5 +66,4 @@ def short_conv(
     check_shape("short_conv", "state", state, (batch, weight.shape[1] - 1, channels))
     check_shape("short_conv", "starts", starts, (batch, time))
     check_kind("short_conv", "x", x)
-    check_numbers("short_conv", starts, x=x, weight=weight, bias=bias, state=state)
     return dispatch("short_conv", IMPLEMENTATIONS, backend, x, x, weight, bias, state, starts, activation)

@@ -35,7 +35,7 @@ def taylor_features(x: Float[Tensor, "... dim"], *, backend: str = "auto") -> Fl
     Raises:
         ValueError: ``x`` has no numbers to make features of, or ``backend`` cannot serve.
     """
+    check_numbers("taylor_features", None, x=x)
     if x.ndim < 1 or not x.shape[-1]:
         raise ValueError(f"taylor_features: x has shape {tuple(x.shape)}; expected [..., dim] with dim of 1 or more")
-    check_numbers("taylor_features", None, x=x)
     return dispatch_elementwise("taylor_features", IMPLEMENTATIONS, backend, x, x)

@@ -48,6 +48,7 @@ def token_shift(
     Raises:
         ValueError: shapes or dtypes do not fit together, or ``backend`` cannot serve.
     """
+    check_numbers("token_shift", starts, {"last": last, "more": more}, x=x, mix=mix)
     if x.ndim != 3 or mix.ndim != 2 or mix.shape[1] != x.shape[2] or not len(mix):
         raise ValueError(
             f"token_shift: x {tuple(x.shape)}, mix {tuple(mix.shape)} do not fit together; expected "
@@ -57,6 +58,5 @@ def token_shift(
     check_shape("token_shift", "starts", starts, tuple(x.shape[:2]))
     check_shape("token_shift", "more", more, (len(mix), *x.shape))
     check_kind("token_shift", "x", x)
-    check_numbers("token_shift", starts, x=x, mix=mix, last=last, more=more)
     inputs = x, mix, last, starts, more, dtype or x.dtype
     return dispatch_elementwise("token_shift", IMPLEMENTATIONS, backend, x, *inputs)

@@ -12,13 +12,13 @@ Nothing but a sum of angles goes from token to token, and its outputs are severa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, dispatch_elementwise
+from seqzoo.kernels.backends import check_kind, check_numbers, check_shape, dispatch_elementwise, share_evenly
 from seqzoo.kernels.turned_keys import native, reference
 
 IMPLEMENTATIONS = {"reference": reference.turned_keys, "native": native.turned_keys}
@@ -75,8 +75,12 @@ def turned_keys(
     Raises:
         ValueError: shapes or dtypes do not fit together, or ``backend`` cannot serve.
     """
+    learned: dict[str, Any] = {"write_bias": write_bias, "read_bias": read_bias}
+    given: dict[str, Any] = {"turn": turn, "step": step, "gain": gain}
+    kept = {"angle": angle, "key": key, "value": value}
+    check_numbers("turned_keys", starts, kept, write=write, read=read, values=values, **learned, **given)
     batch, time, heads, channels = values.shape if values.ndim == 4 else (0, 0, 0, 0)
-    if values.ndim != 4 or write.ndim != 4 or write.shape != read.shape or not write.shape[2] or heads % write.shape[2]:
+    if values.ndim != 4 or write.ndim != 4 or write.shape != read.shape or not share_evenly(write.shape[2], heads):
         raise ValueError(
             f"turned_keys: write {tuple(write.shape)}, read {tuple(read.shape)}, values {tuple(values.shape)} do not "
             "fit together; expected [batch, time, group, key] twice and [batch, time, head, value] with head a "
@@ -97,12 +101,9 @@ def turned_keys(
         "value": (batch, heads, channels),
         "starts": (batch, time),
     }
-    learned = {"write_bias": write_bias, "read_bias": read_bias}
-    given = {"turn": turn, "step": step, "gain": gain, "angle": angle, "key": key, "value": value}
-    for name, tensor in ({"write": write} | learned | given | {"starts": starts}).items():
+    for name, tensor in ({"write": write} | learned | given | kept | {"starts": starts}).items():
         check_shape("turned_keys", name, tensor, expected[name])
     check_kind("turned_keys", "values", values, write=write, read=read)
-    check_numbers("turned_keys", starts, write=write, read=read, values=values, **learned, **given)
     wide = torch.promote_types(values.dtype, torch.float32)
     write_bias, read_bias, turn, step, gain = (z.to(wide) for z in (write_bias, read_bias, turn, step, gain))
     inputs = write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value, starts
