@@ -353,7 +353,7 @@ def bad(**changes):
         (bad(sink=lambda x: x.long()), {}, "sink is torch.int64 on cpu; expected one of float32, "),
         (bad(), {"window": 0}, "window=0; a token sees at least itself"),
         (bad(), {"sinks": 2}, "sinks=2 with window=None"),
-        (bad(), {"soft_cap": 0.0}, "soft_cap=0.0; expected a number above 0"),
+        (bad(), {"soft_cap": 0.0}, "soft_cap=0.0; expected a finite number above 0"),
         (bad(log_forget=lambda x: None), {"prefix": 3}, "prefix=3 with 2 slots in front of the tokens'"),
         (bad(), {"prefix": 1}, "prefix=1 .*log_forget given; expected 0 to 2, and 0 where something is forgotten"),
         (bad(), {"prune": 1.5}, "prune=1.5; expected a number between 0 and 1"),

@@ -152,7 +152,7 @@ def test_one_answer_in_mixed_precision():
         ({"bias": torch.ones(8).long()}, "bias is torch.int64"),
         ({"x": torch.ones(())}, r"x has shape \(\); expected \[..., channel\]"),
         ({"x": None}, "x is None; expected a tensor"),
-        ({"eps": 0.0}, "eps=0.0; expected a number above 0"),
+        ({"eps": 0.0}, "eps=0.0; expected a finite number above 0"),
         ({"backend": "magic"}, "backend='magic' cannot run gated_norm: there is no such backend; use auto, reference"),
     ],
 )

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import random
+import re
 import typing
 from functools import partial
 from pathlib import Path
@@ -811,7 +812,7 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: Attention(12, num_heads=4), ["head_dim=3", "odd", "rotary"]),
         (lambda: Attention(32, head_dim=0), ["head_dim=0", "1 or more"]),
         (lambda: Attention(32, soft_cap=-1.0), ["soft_cap=-1.0", "above 0"]),
-        (lambda: Attention(32, temperature=-1.0), ["temperature=-1.0", "0 or more"]),
+        (lambda: Attention(32, temperature=-1.0), ["temperature=-1.0", "at least 0"]),
         (lambda: Attention(32, rope_base=1.0), ["rope_base=1.0", "above 1"]),
         (lambda: Attention(32, positions="none", rope_base=500.0), ["rope_base=500.0", "positions='none'", "10000.0"]),
         (lambda: Attention(32, positions="none", rope_original_length=8), ["rope_original_length=8", "None"]),
@@ -876,7 +877,7 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: S5(32, state_size=0), ["state_size=0", "at least 2"]),
         (lambda: S5(32, num_blocks=0), ["num_blocks=0"]),
         (lambda: MinGRU(32, expand=0), ["expand=0", "1 or more"]),
-        (lambda: RGLRU(32, width=0), ["width 0"]),
+        (lambda: RGLRU(32, width=0), ["width=0"]),
         (lambda: RGLRU(32, num_heads=5), ["num_heads=5", "32"]),
         (lambda: RGLRU(32, num_heads=0), ["num_heads=0"]),
         (lambda: RGLRU(32, conv_size=0), ["conv_size=0", "at least 1"]),
@@ -908,7 +909,7 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: Based(32, feature_dim=0), ["feature_dim=0", "at least 1"]),
         (lambda: MLSTM(32, num_heads=0), ["num_heads=0", "at least 1"]),
         (lambda: MLSTM(32, key_dim=0), ["key_dim=0", "at least 1"]),
-        (lambda: MLSTM(32, gate_soft_cap=0.0), ["gate_soft_cap=0.0", "positive"]),
+        (lambda: MLSTM(32, gate_soft_cap=0.0), ["gate_soft_cap=0.0", "above 0"]),
         (lambda: SLSTM(32, num_heads=3), ["num_heads=3", "dim=32"]),
         (lambda: SLSTM(32, num_heads=0), ["num_heads=0", "dim=32"]),
         (lambda: SLSTM(32, conv_size=0), ["conv_size=0", "at least 1"]),
@@ -917,14 +918,14 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: TTTLinear(32, head_dim=3), ["head_dim=3", "pairs"]),
         (lambda: TTTLinear(4, num_heads=8), ["head_dim=0", "dim=4", "num_heads=8"]),
         (lambda: TTTLinear(32, mini_batch=0), ["mini_batch=0", "at least 1"]),
-        (lambda: TTTLinear(32, learning_rate=0.0), ["learning_rate=0.0", "positive"]),
+        (lambda: TTTLinear(32, learning_rate=0.0), ["learning_rate=0.0", "above 0"]),
         (lambda: TTTMLP(32, expand=0), ["expand=0", "at least 1"]),
         (lambda: NeuralMemory(32, num_heads=0), ["num_heads=0", "at least 1"]),
-        (lambda: NeuralMemory(32, head_dim=0), ["key_dim=0", "at least 1"]),
+        (lambda: NeuralMemory(32, head_dim=0), ["head_dim=0", "at least 1"]),
         (lambda: NeuralMemory(32, depth=0), ["depth=0", "1 or more"]),
         (lambda: NeuralMemory(32, expand=0), ["expand=0", "1 or more"]),
         (lambda: NeuralMemory(32, chunk=0), ["chunk=0", "1 or more"]),
-        (lambda: NeuralMemory(32, learning_rate=0.0), ["learning_rate=0.0", "positive"]),
+        (lambda: NeuralMemory(32, learning_rate=0.0), ["learning_rate=0.0", "above 0"]),
         (lambda: NeuralMemory(32, conv_size=0), ["conv_size=0", "at least 1"]),
         (lambda: TitansMAC(32, num_heads=5), ["num_heads=5", "dim=32"]),
         (lambda: TitansMAC(32, num_heads=32), ["head_dim=1", "pairs"]),
@@ -935,7 +936,7 @@ def test_the_catalogue_answers_a_misspelling(name, answer):
         (lambda: TitansMAG(32, window=0), ["window=0", "1 or more"]),
         (lambda: TitansMAG(32, persistent=0), ["persistent=0", "1 or more"]),
         (lambda: TitansMAG(32, rope_base=1.0), ["rope_base=1.0", "above 1"]),
-        (lambda: TitansMAG(32, learning_rate=0.0), ["learning_rate=0.0", "positive"]),
+        (lambda: TitansMAG(32, learning_rate=0.0), ["learning_rate=0.0", "above 0"]),
         (lambda: TitansMAL(32, window=0), ["window=0", "1 or more"]),
         (lambda: TitansMAL(32, chunk=0), ["chunk=0", "1 or more"]),
         (lambda: RWKV6(32, head_dim=5), ["head_dim=5", "dim=32"]),
@@ -962,6 +963,28 @@ def test_a_setting_that_does_not_fit_is_refused_with_its_value_and_what_fits(bui
     with pytest.raises(ValueError) as caught:
         build()
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def settings_of(layer, kind):
+    """Names of the settings of ``layer`` that are numbers of this kind, or pairs of them, or may be."""
+    hints = typing.get_type_hints(layer.__init__)
+    kinds = {
+        name: {kind for part in (hint, *typing.get_args(hint)) for kind in (part, *typing.get_args(part))}
+        for name, hint in hints.items()
+    }
+    return {name: typing.get_origin(hints[name]) for name, found in kinds.items() if kind in found and name != "dim"}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_setting_is_a_finite_number_above_its_least(layer):
+    """No number of things is -1, no other number is infinite or none at all; what keeps a root from 0 is above 0."""
+    wrong = [(name, -1) for name in settings_of(layer, int)]
+    for name, origin in settings_of(layer, float).items():
+        wrong += [(name, (x, x) if origin is tuple else x) for x in (math.nan, math.inf, -math.inf)]
+        wrong += [(name, x) for x in (0.0, -1.0) if name.endswith("eps")]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=rf"\b{name}={re.escape(str(value))}"):
+            layer(DIM, **{name: value})
 
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.operators])

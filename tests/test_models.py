@@ -240,6 +240,7 @@ class Doubler(Mixer):
         ({"vocab_size": 0}, "vocab_size=0: use 1 or more"),
         ({"dim": 0}, "dim=0: use 1 or more"),
         ({"repeats": 0}, "repeats=0: use 1 or more"),
+        ({"norm_eps": 0.0}, "norm_eps=0.0: use a finite number above 0"),
         ({"norm": "batch"}, "norm='batch': use 'rms' or 'layer'"),
         ({"layers": HYBRID | {"mlp": lambda dim: nn.Linear(dim, dim)}}, "layer 'mlp' builds a Linear; .* seqzoo.Mixer"),
         ({"layers": HYBRID | {"mlp": partial(SwiGLU, hidden=0)}}, "layer 'mlp': hidden=0"),

@@ -9,6 +9,7 @@ scalings that change with the length that is read, for keys that are kept have t
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from seqzoo.mixer import Mixer, positions_from_starts
 from seqzoo.parts.key_value_memory import KeyValueBuffer, KeyValueRing, first_slots
 from seqzoo.parts.norm import GroupRMSNorm
 from seqzoo.parts.rotary import RopeLayout, RopeScaling, Rotary
+from seqzoo.parts.settings import check_positive
 
 
 class Attention(Mixer):
@@ -95,13 +97,15 @@ class Attention(Mixer):
             raise ValueError(f"window={window}: a token sees at least itself; use 1 or more, or None to see all")
         if sinks < 0 or (sinks and window is None):
             raise ValueError(f"sinks={sinks} with window={window}: sinks are 0 or more, and only a window needs them")
-        if soft_cap is not None and not soft_cap > 0:
-            raise ValueError(f"soft_cap={soft_cap}: use a number above 0, or None for no cap")
+        if soft_cap is not None:
+            check_positive("soft_cap", soft_cap)
+        check_positive("norm_eps", norm_eps)
         if positions not in ("rope", "none"):
             raise ValueError(f"positions={positions!r}: use 'rope' or 'none'")
-        if not temperature >= 0 or temperature_step < 1:
+        if not 0 <= temperature < math.inf or temperature_step < 1:
             raise ValueError(
-                f"temperature={temperature}, temperature_step={temperature_step}: expected 0 or more, and 1 or more"
+                f"temperature={temperature}, temperature_step={temperature_step}: expected finite numbers, at "
+                "least 0 and at least 1"
             )
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length}: use 1 or more, or None for no limit")

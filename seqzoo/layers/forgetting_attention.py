@@ -21,6 +21,7 @@ from seqzoo.mixer import Mixer, positions_from_starts
 from seqzoo.parts.key_value_memory import KeyValueBuffer, first_slots
 from seqzoo.parts.norm import GroupRMSNorm
 from seqzoo.parts.rotary import Rotary
+from seqzoo.parts.settings import check_positive
 
 
 class ForgettingAttentionState(NamedTuple):
@@ -80,6 +81,8 @@ class ForgettingAttention(Mixer):
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         if prune is not None and not 0 < prune < 1:
             raise ValueError(f"prune={prune}: expected a number between 0 and 1, or None to look at all")
+        check_positive("qk_norm_eps", qk_norm_eps)
+        check_positive("norm_eps", norm_eps)
         self.num_heads, self.prune, self.backend = num_heads, prune, backend
         self.rotary = None if rope_base is None else Rotary(dim // num_heads, rope_base).check()
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))

@@ -19,6 +19,7 @@ from seqzoo.mixer import Mixer
 from seqzoo.parts.glorot import draw_shrunk
 from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import GroupRMSNorm
+from seqzoo.parts.settings import check_positive
 
 
 class GatedLinearAttentionState(NamedTuple):
@@ -67,8 +68,7 @@ class GatedLinearAttention(Mixer):
         value = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads)
         if decay_rank < 1:
             raise ValueError(f"decay_rank={decay_rank}: use 1 or more")
-        if decay_temperature <= 0:
-            raise ValueError(f"decay_temperature={decay_temperature}: use a number above 0")
+        check_positive("decay_temperature", decay_temperature)
         self.num_heads, self.key_dim, self.value_dim, self.backend = num_heads, key, value, backend
         self.temperature = decay_temperature
         self.widths = [num_heads * key] * 2 + [num_heads * value] * 2

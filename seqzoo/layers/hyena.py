@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.backends import check_shape
 from seqzoo.kernels.long_conv import long_conv
 from seqzoo.mixer import Mixer, reset_parameters
+from seqzoo.parts.settings import check_positive
 from seqzoo.parts.short_conv import CausalConv
 
 
@@ -122,6 +123,7 @@ class Hyena(Mixer):
             raise ValueError(f"filter_width={filter_width}: a network needs at least 1 unit")
         if filter_features < 3 or filter_features % 2 == 0:
             raise ValueError(f"filter_features={filter_features}: odd and at least 3 (place, cosines, sines)")
+        check_positive("filter_frequency", filter_frequency)
         self.dim, self.order, self.backend = dim, order, backend
         self.projection = nn.Linear(dim, (order + 1) * dim)
         self.conv = CausalConv((order + 1) * dim, conv_size, bias=True, backend=backend)

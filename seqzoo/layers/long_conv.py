@@ -6,6 +6,7 @@ would be zero. Left out: bidirectional filters, smoothing, dropout.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,8 @@ class LongConv(Mixer):
         super().__init__(dim)
         if max_length < 1:
             raise ValueError(f"max_length={max_length}: a filter needs at least 1 tap")
-        if squash < 0:
-            raise ValueError(f"squash={squash}: at least 0")
+        if not 0 <= squash < math.inf:
+            raise ValueError(f"squash={squash}: use a finite number of at least 0")
         self.squash, self.backend = squash, backend
         self.kernel = nn.Parameter(torch.empty(dim, max_length))
         self.skip = nn.Parameter(torch.empty(dim))

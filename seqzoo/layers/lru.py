@@ -18,6 +18,7 @@ from seqzoo.kernels.linear_scan import linear_scan
 from seqzoo.mixer import Mixer
 from seqzoo.parts.complex_maps import ComplexRead, ComplexWrite
 from seqzoo.parts.glu import GatedLinear
+from seqzoo.parts.settings import check_positive
 
 RIM = 1e-6
 
@@ -66,8 +67,7 @@ class LRU(Mixer):
             raise ValueError(f"state_size={size}: use 1 or more")
         if not 0 <= min_radius < max_radius <= 1:
             raise ValueError(f"min_radius={min_radius}, max_radius={max_radius}: expected 0 <= min < max <= 1")
-        if max_phase <= 0:
-            raise ValueError(f"max_phase={max_phase}: expected an angle above 0")
+        check_positive("max_phase", max_phase)
         self.radii, self.max_phase, self.backend = (min_radius, max_radius), max_phase, backend
         self.nu_log = nn.Parameter(torch.empty(size))
         self.theta_log = nn.Parameter(torch.empty(size))

@@ -16,6 +16,7 @@ from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import draw_step_bias
 from seqzoo.parts.norm import GroupRMSNorm
+from seqzoo.parts.settings import check_positive
 from seqzoo.parts.short_conv import CausalConv
 
 ParameterNorm = Literal["none", "fixed", "learned"]
@@ -72,6 +73,7 @@ class Mamba(Mixer):
                 raise ValueError(f"{name}={size}: use 1 or more")
         if parameter_norm not in get_args(ParameterNorm):
             raise ValueError(f"parameter_norm={parameter_norm!r}: use 'none', 'fixed' or 'learned'")
+        check_positive("norm_eps", norm_eps)
         inner = expand * dim
         self.backend = backend
         self.sizes = [step_rank, state_size, state_size]

@@ -20,6 +20,7 @@ from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import SoftplusDecay
 from seqzoo.parts.heads import grouped_heads
 from seqzoo.parts.norm import GroupRMSNorm
+from seqzoo.parts.settings import check_positive
 from seqzoo.parts.short_conv import CausalConv
 
 Norm = Literal["after_gate", "before_gate", "none"]
@@ -75,9 +76,10 @@ class Mamba2(Mixer):
     ) -> None:
         super().__init__(dim)
         inner = expand * dim
-        num_heads = grouped_heads(inner, head_dim=head_dim, num_groups=num_groups)
+        num_heads = grouped_heads(dim, expand=expand, head_dim=head_dim, num_groups=num_groups)
         if state_size < 1:
             raise ValueError(f"state_size={state_size}: a memory needs at least 1 row")
+        check_positive("norm_eps", norm_eps)
         if norm not in get_args(Norm):
             raise ValueError(f"norm={norm!r}: use 'after_gate', 'before_gate' or 'none'")
         self.num_heads, self.head_dim, self.num_groups, self.rows = num_heads, head_dim, num_groups, state_size

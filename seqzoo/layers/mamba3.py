@@ -87,9 +87,9 @@ class Mamba3(Mixer):
     ) -> None:
         super().__init__(dim)
         inner = expand * dim
-        num_heads = grouped_heads(inner, head_dim=head_dim, num_groups=num_groups)
-        pairs = int(state_size * rope_fraction) // 2
-        if not 0 < rope_fraction <= 1 or pairs < 1:
+        num_heads = grouped_heads(dim, expand=expand, head_dim=head_dim, num_groups=num_groups)
+        pairs = int(state_size * rope_fraction) // 2 if 0 < rope_fraction <= 1 else 0
+        if pairs < 1:
             raise ValueError(
                 f"rope_fraction={rope_fraction}, state_size={state_size}: expected a part of the state, at most all of "
                 "it, in which there is a pair"

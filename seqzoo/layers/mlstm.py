@@ -16,6 +16,7 @@ from seqzoo.kernels.mlstm import MLSTMState, mlstm
 from seqzoo.mixer import Mixer
 from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import GroupLayerNorm
+from seqzoo.parts.settings import check_positive
 
 INPUT_BIAS = -10.0
 FORGET_BIAS = (3.0, 6.0)
@@ -58,8 +59,7 @@ class MLSTM(Mixer):
         super().__init__(dim)
         key_dim = head_size("key_dim", key_dim, dim=dim, num_heads=num_heads, share=0.5)
         value_dim = head_size("value_dim", value_dim, dim=dim, num_heads=num_heads)
-        if gate_soft_cap <= 0:
-            raise ValueError(f"gate_soft_cap={gate_soft_cap}: it is positive")
+        check_positive("gate_soft_cap", gate_soft_cap)
         self.num_heads, self.key_dim, self.value_dim, self.backend = num_heads, key_dim, value_dim, backend
         self.gate_soft_cap = gate_soft_cap
         keys, values = num_heads * key_dim, num_heads * value_dim

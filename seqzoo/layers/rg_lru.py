@@ -56,7 +56,7 @@ class RGLRU(Mixer):
         super().__init__(dim)
         width = dim if width is None else width
         if width < 1 or num_heads < 1 or width % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide the width {width}")
+            raise ValueError(f"num_heads={num_heads} does not divide width={width}")
         self.backend = backend
         self.projection = nn.Linear(dim, 2 * width)
         self.conv = CausalConv(width, conv_size, bias=True, backend=backend)

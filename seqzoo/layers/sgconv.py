@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.long_conv import long_conv
 from seqzoo.mixer import Mixer
 from seqzoo.parts.glu import GatedLinear
+from seqzoo.parts.settings import check_positive
 
 
 class SGConvState(NamedTuple):
@@ -60,8 +61,8 @@ class SGConv(Mixer):
         super().__init__(dim)
         if not 1 <= kernel_dim <= max_length:
             raise ValueError(f"kernel_dim={kernel_dim}: at least 1 and at most max_length={max_length}")
-        if min(decay_min, decay_max) <= 0:
-            raise ValueError(f"decay_min={decay_min}, decay_max={decay_max}: both are positive")
+        check_positive("decay_min", decay_min)
+        check_positive("decay_max", decay_max)
         self.max_length, self.decays, self.backend = max_length, (decay_min, decay_max), backend
         self.scales = nn.Parameter(torch.empty(1 + math.ceil(math.log2(max_length / kernel_dim)), dim, kernel_dim))
         self.skip = nn.Parameter(torch.empty(dim))

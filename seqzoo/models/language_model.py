@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from seqzoo.mixer import Mixer, reset_parameters
+from seqzoo.parts.settings import check_positive
 
 HEAD_STD = 0.02
 IGNORED = -100
@@ -66,6 +67,7 @@ class LanguageModel(nn.Module):
         for name, value in {"vocab_size": vocab_size, "dim": dim, "repeats": repeats}.items():
             if value < 1:
                 raise ValueError(f"{name}={value}: use 1 or more")
+        check_positive("norm_eps", norm_eps)
         if norm not in NORMS:
             raise ValueError(f"norm={norm!r}: use {' or '.join(map(repr, NORMS))}")
         if not pattern:

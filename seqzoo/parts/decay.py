@@ -87,8 +87,8 @@ class ChannelDecay(nn.Module):
 
     def __init__(self, num_heads: int, key_dim: int, *, lower_bound: float | None = None) -> None:
         super().__init__()
-        if lower_bound is not None and not lower_bound < 0:
-            raise ValueError(f"lower_bound={lower_bound}: a log decay is bounded by a number below 0, or None")
+        if lower_bound is not None and not -math.inf < lower_bound < 0:
+            raise ValueError(f"lower_bound={lower_bound}: a log decay is bounded by a finite number below 0, or None")
         self.lower_bound = lower_bound
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads * key_dim))

@@ -24,13 +24,16 @@ def head_size(name: str, size: int | None, *, dim: int, num_heads: int, share: f
     return size
 
 
-def grouped_heads(inner: int, *, head_dim: int, num_groups: int) -> int:
-    """How many heads of ``head_dim`` channels make ``num_groups`` equal groups of the inner width of a Mamba.
+def grouped_heads(dim: int, *, expand: int, head_dim: int, num_groups: int) -> int:
+    """How many heads of ``head_dim`` channels fill the inner width of a Mamba, in ``num_groups`` equal groups.
 
     Raises:
         ValueError: there is no whole number of heads, or of heads in a group.
     """
-    if head_dim < 1 or inner < 1 or inner % head_dim:
+    if expand < 1:
+        raise ValueError(f"expand={expand}: use 1 or more")
+    inner = expand * dim
+    if head_dim < 1 or inner % head_dim:
         raise ValueError(f"head_dim={head_dim} does not divide the inner width expand * dim = {inner}")
     num_heads = inner // head_dim
     if num_groups < 1 or num_heads % num_groups:

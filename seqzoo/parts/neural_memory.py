@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.fast_weights import FastWeightsState, check_state, fast_weights
 from seqzoo.parts.delta_rule import QueryKeyValue
+from seqzoo.parts.heads import head_size
+from seqzoo.parts.settings import check_positive
 
 FORGET_BIAS = -5.0
 
@@ -67,8 +69,9 @@ class MemoryHeads(nn.Module):
         for name, size in {"depth": depth, "expand": expand, "chunk": chunk}.items():
             if size < 1:
                 raise ValueError(f"{name}={size}: use 1 or more")
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate={learning_rate}: it is positive")
+        check_positive("learning_rate", learning_rate)
+        check_positive("norm_eps", norm_eps)
+        head_dim = head_size("head_dim", head_dim, dim=dim, num_heads=num_heads)
         self.qkv = QueryKeyValue(
             dim,
             num_heads=num_heads,
@@ -78,7 +81,7 @@ class MemoryHeads(nn.Module):
             scaled=False,
             backend=backend,
         )
-        self.num_heads, self.head_dim = num_heads, self.qkv.key_dim
+        self.num_heads, self.head_dim = num_heads, head_dim
         self.chunk, self.learning_rate, self.norm_eps, self.backend = chunk, learning_rate, norm_eps, backend
         self.width = num_heads * self.head_dim
         self.gates = nn.Linear(dim, 3 * num_heads)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.gated_norm import Activation, gated_norm
+from seqzoo.parts.settings import check_positive
 
 
 def l2_normalize(
@@ -32,7 +33,7 @@ class GroupRMSNorm(nn.Module):
         backend: the layer's.
 
     Raises:
-        ValueError: ``groups`` does not divide ``dim``.
+        ValueError: ``groups`` does not divide ``dim``, or ``eps`` is not above 0.
     """
 
     centered = False
@@ -52,6 +53,7 @@ class GroupRMSNorm(nn.Module):
         super().__init__()
         if groups < 1 or dim % groups:
             raise ValueError(f"groups={groups} does not divide the width {dim}")
+        check_positive("norm_eps", eps)
         self.dim, self.groups, self.eps = dim, groups, eps
         self.activation: Activation = activation
         self.gate_first, self.backend = gate_first, backend

@@ -45,15 +45,15 @@ class Rotary(NamedTuple):
             raise ValueError(
                 f"head_dim={self.size}, channels of a head that turn, is odd or 0; rotary positions need pairs"
             )
-        if not self.base > 1:
-            raise ValueError(f"rope_base={self.base}: expected a number above 1")
+        if not 1 < self.base < math.inf:
+            raise ValueError(f"rope_base={self.base}: expected a finite number above 1")
         for name, value, kinds in (
             ("rope_layout", self.layout, get_args(RopeLayout)),
             ("rope_scaling", self.scaling, get_args(RopeScaling)),
         ):
             if value not in kinds:
                 raise ValueError(f"{name}={value!r}: use {', '.join(map(repr, kinds))}")
-        if not self.factor >= 1 or (self.factor != 1 and self.scaling == "none"):
+        if not 1 <= self.factor < math.inf or (self.factor != 1 and self.scaling == "none"):
             raise ValueError(
                 f"rope_factor={self.factor} with rope_scaling={self.scaling!r}: expected 1 or more, and more than 1 "
                 "only where a scaling uses it"

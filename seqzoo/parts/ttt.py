@@ -15,6 +15,7 @@ from seqzoo.mixer import Mixer, positions_from_starts
 from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import GroupLayerNorm
 from seqzoo.parts.rotary import Rotary
+from seqzoo.parts.settings import check_positive
 
 WEIGHT_STD = 0.02
 
@@ -64,8 +65,8 @@ class SelfTrainedHeads(nn.Module):
             raise ValueError(f"expand={hidden}: a hidden layer is at least 1 times as wide as a head")
         if mini_batch < 1:
             raise ValueError(f"mini_batch={mini_batch}: a mini-batch has at least 1 token")
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate={learning_rate}: it is positive")
+        check_positive("learning_rate", learning_rate)
+        check_positive("norm_eps", norm_eps)
         self.num_heads, self.head_dim, self.mini_batch = num_heads, head_dim, mini_batch
         self.learning_rate, self.norm_eps, self.backend = learning_rate, norm_eps, backend
         self.width = num_heads * head_dim

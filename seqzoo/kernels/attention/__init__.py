@@ -10,6 +10,8 @@ carried: the layers keep keys and values, and so it has no place in ``OPERATORS`
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -97,8 +99,8 @@ def attention(
             f"attention: prefix={prefix} with {outside} slots in front of the tokens', log_forget "
             f"{'None' if log_forget is None else 'given'}; expected 0 to {outside}, and 0 where something is forgotten"
         )
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"attention: soft_cap={soft_cap}; expected a number above 0, or None")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"attention: soft_cap={soft_cap}; expected a finite number above 0, or None")
     if prune is not None and (not 0 < prune < 1 or log_forget is None):
         raise ValueError(f"attention: prune={prune}; expected a number between 0 and 1, and log_forget beside it")
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)

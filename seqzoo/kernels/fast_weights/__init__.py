@@ -16,6 +16,7 @@ and after the chunk's last token A becomes W, and C zero. Without momentum, S is
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ def fast_weights(
     _check_shapes(q, k, v, rate, weights, norm_weight, norm_bias, reach, log_momentum, log_keep, state, starts, chunk)
     if gelu not in GELUS:
         raise ValueError(f"gelu={gelu!r}: use {' or '.join(map(repr, GELUS))}")
+    if not 0 < norm_eps < math.inf:
+        raise ValueError(f"fast_weights: norm_eps={norm_eps}; expected a finite number above 0")
     for name, gate in gates.items():
         check_log_decay("fast_weights", gate, name)
     inputs = q, k, v, rate, tuple(weights), *optional.values(), state, starts

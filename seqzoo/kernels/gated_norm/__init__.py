@@ -73,7 +73,7 @@ def gated_norm(
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"gated_norm: groups={groups} does not divide the {x.shape[-1]} channels of x")
     if not 0 < eps < math.inf:
-        raise ValueError(f"gated_norm: eps={eps}; expected a number above 0")
+        raise ValueError(f"gated_norm: eps={eps}; expected a finite number above 0")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"gated_norm: activation={activation!r}; use silu or sigmoid")
     if gate is not None and gate.shape != x.shape:
