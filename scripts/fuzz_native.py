@@ -124,6 +124,7 @@ def calls(draw: Any, operator: str) -> dict[str, Any]:
             )
         ),
         "no time": draw(st.sampled_from([False] * 19 + [True])),
+        "learns": draw(st.sampled_from([True, True, False])),
         "threads": draw(st.integers(1, 3)),
     }
 
@@ -150,8 +151,11 @@ def make_inputs(operator: str, case: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def run(operator: str, backend: str, inputs: dict[str, Any]) -> list[Tensor]:
-    """Outputs, states and the gradients of all inputs that can have one."""
+def run(operator: str, backend: str, inputs: dict[str, Any], learns: bool) -> list[Tensor]:
+    """Outputs, states and, of a call that ``learns``, the gradients of all inputs that can have one."""
+    if not learns:
+        with torch.no_grad():
+            return tensors(function(operator)(**inputs, backend=backend))
     inputs = tree_map(
         lambda x: x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) if isinstance(x, Tensor) else x,
         inputs,
@@ -183,15 +187,15 @@ def check(operator: str, case: dict[str, Any]) -> str:
     torch.set_num_threads(case["threads"])
     legal = case["spoiled"] is None and not case["no time"] and all(x.numel() for x in tensors(inputs))
     try:
-        ours = run(operator, "native", inputs)
+        ours = run(operator, "native", inputs, case["learns"])
     except ValueError as error:
         try:
-            run(operator, "reference", inputs)
+            run(operator, "reference", inputs, case["learns"])
         except Exception:
             return "refused"
         assert not legal, f"a legal call was refused: {error}"
         return "refused"
-    truth = run(operator, "reference", exact)
+    truth = run(operator, "reference", exact, case["learns"])
     assert len(ours) == len(truth)
     # A spoiled dtype may be legal for one of the inputs, and then bounds what can be expected.
     dtypes = {dtype, *(x.dtype for x in (*tensors(inputs), *ours))} & TOLERANCES.keys()
