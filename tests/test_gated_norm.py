@@ -145,6 +145,7 @@ def test_one_answer_in_mixed_precision():
     ("settings", "message"),
     [
         ({"groups": 3}, "groups=3 does not divide the 8 channels"),
+        ({"x": torch.ones(2, 0)}, r"x has shape \(2, 0\); expected \[..., channel\]"),
         ({"activation": "relu"}, "activation='relu'; use silu or sigmoid"),
         ({"activation": None}, "activation=None; use silu or sigmoid"),
         ({"gate": torch.ones(2, 4)}, r"gate has shape \(2, 4\); expected that of x, \(2, 8\)"),

@@ -276,6 +276,14 @@ def test_groups_of_heads_share_queries_and_keys(operator, backend, variant, grou
     assert_same(*(named_tensors(call(operator, backend, z, starts)) for z in (inputs, repeated)))
 
 
+@pytest.mark.parametrize("operator", ["gated_linear_attention", "mlstm"])
+def test_values_without_channels(operator):
+    for variant in equation(operator).VARIANTS:
+        inputs = example(operator, variant, time=5, value=0)
+        del inputs["state"]
+        assert_same(*(named_tensors(call(operator, backend, inputs)) for backend in ("native", "reference")))
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("backend", [name for operator, name in EVERY if operator == "short_conv"])
 @pytest.mark.parametrize("time", [1, 3, 20])

@@ -23,7 +23,7 @@ def gated_linear_attention(q, k, v, log_decay, bonus, state, starts):
     dtype = accumulation_dtype(v)
     q, k, wide_v = share_heads(q, v).to(dtype), share_heads(k, v).to(dtype), v.to(dtype)
     if log_decay is None:
-        log_decay = torch.zeros_like(v[..., 0], dtype=dtype)
+        log_decay = v.new_zeros(v.shape[:3], dtype=dtype)
     decay = (log_decay if log_decay.ndim == 4 else log_decay[..., None]).to(dtype).exp()
     batch, time, heads, value = v.shape
     memory = q.new_zeros(batch, heads, q.shape[-1], value) if state is None else state.to(dtype)

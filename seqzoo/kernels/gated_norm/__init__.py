@@ -68,8 +68,8 @@ def gated_norm(
         ValueError: shapes or dtypes do not fit together, there is no such ``activation``, or ``backend`` cannot serve.
     """
     check_numbers("gated_norm", None, {"gate": gate, "weight": weight, "bias": bias}, x=x)
-    if x.ndim < 1:
-        raise ValueError(f"gated_norm: x has shape {tuple(x.shape)}; expected [..., channel]")
+    if x.ndim < 1 or not x.shape[-1]:
+        raise ValueError(f"gated_norm: x has shape {tuple(x.shape)}; expected [..., channel] of 1 channel or more")
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"gated_norm: groups={groups} does not divide the {x.shape[-1]} channels of x")
     if not 0 < eps < math.inf:

@@ -32,7 +32,7 @@ void steps_of_head(int64_t time, int64_t key, int64_t value, Tokens<T> q, Tokens
     using V = Vec<W>;
     constexpr int TILE = 4;
     W *keep = workspace<0, W>(3 * time), *write = keep + time, *scale = write + time;
-    auto forgotten = [&](int64_t t) { return (starts && starts[t]) || (t == 0 && !before.memory); };
+    auto forgotten = [&](int64_t t) { return (starts && starts[t]) || (t == 0 && !before.stabilizer); };
     for (int64_t t = 0; t < time; t++) {
         W gate = *input_gate[t], forget = *log_forget[t], overlap = 0;
         W past = forgotten(t) ? W(0) : *(t ? after : before).stabilizer, now = std::max(forget + past, gate);
@@ -95,7 +95,7 @@ SEQZOO_EXPORT void mlstm_steps(int64_t dtype, int64_t threads, int64_t batch, in
             };
             auto gates = [&](const void* from) { return Tokens<W>{static_cast<const W*>(from) + first, heads}; };
             auto state = [&](void* of_memory, void* of_normalizer, void* of_stabilizer) -> State<W> {
-                if (!of_memory) return {};
+                if (!of_stabilizer) return {};  // of no values the memory is null too
                 return {static_cast<W*>(of_memory) + index * key * value, static_cast<W*>(of_normalizer) + index * key,
                         static_cast<W*>(of_stabilizer) + index};
             };

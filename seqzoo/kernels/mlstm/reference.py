@@ -28,8 +28,8 @@ def mlstm(q, k, v, input_gate, log_forget, state, starts):
     dtype = accumulation_dtype(v)
     batch, time, heads, value = v.shape
     if state is None:
-        memory = v.new_zeros(batch, heads, q.shape[3], value, dtype=dtype)
-        state = MLSTMState(memory, memory[..., 0], memory[..., 0, 0])
+        sizes = batch, heads, q.shape[3], value
+        state = MLSTMState(*(v.new_zeros(sizes[:axes], dtype=dtype) for axes in (4, 3, 2)))
     memory, normalizer, stabilizer = (z.to(dtype) for z in state)
     begins = [None] * time if starts is None else starts[..., None].unbind(1)
     outputs = []
