@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from seqzoo.kernels.attention import IMPLEMENTATIONS, attention
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 OTHERS = [name for name in IMPLEMENTATIONS if name not in ("reference", "sdpa")]
 # Tokens, slots, query heads, key heads.
-SIZES = {"one token": (1, 1, 2, 2), "decoding": (1, 300, 6, 2), "short": (70, 70, 2, 2), "goes on": (200, 431, 6, 2)}
-SIZES |= {"one key head": (300, 300, 4, 1)}
+SIZES = {"one token": (1, 1, 2, 2), "decoding": (1, 300, 6, 2), "short": (70, 70, 2, 2), "goes on": (100, 231, 6, 2)}
+SIZES |= {"one key head": (180, 180, 4, 1)}
 SETTINGS = {
     "all": {},
     "window": {"window": 5},
@@ -74,6 +75,11 @@ def differentiate(inputs, settings, backend):
     weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(o.dtype)
     learned = {name: x for name, x in inputs.items() if x.requires_grad}
     return {"o": o.detach()} | dict(zip(learned, torch.autograd.grad(o, list(learned.values()), weight), strict=True))
+
+
+@cache
+def truth_of(sizes, extras, settings):
+    return differentiate(example(sizes, extras), dict(settings), "reference")
 
 
 def assert_same(ours, truth, **tolerance):
@@ -159,9 +165,8 @@ def test_equals_the_reference_with_a_prefix(backend, sizes, settings, extras):
 @interpreted_by_default()
 @others
 def test_equals_the_reference(backend, sizes, settings, extras):
-    inputs = example(sizes, extras)
-    truth = differentiate(inputs, settings, "reference")
-    assert_same(differentiate(inputs, settings, backend), truth)
+    truth = truth_of(sizes, extras, tuple(settings.items()))
+    assert_same(differentiate(example(sizes, extras), settings, backend), truth)
 
 
 @pytest.mark.parametrize(("sizes", "extras", "settings"), BLOCKS.values(), ids=BLOCKS)
@@ -300,7 +305,7 @@ LENGTHS = [((20, 20), (33, 33)), ((1, 20), (1, 33)), ((8, 33), (20, 41))]
 
 @pytest.mark.parametrize(
     ("backend", "lengths"),
-    [("sdpa", x) for x in LENGTHS[:2]] + [(backend, x) for backend in ("native", "triton") for x in LENGTHS],
+    [("sdpa", x) for x in LENGTHS[:2]] + [("native", x) for x in LENGTHS] + [("triton", x) for x in LENGTHS[1:]],
     ids=str,
 )
 def test_one_graph_serves_other_lengths(backend, lengths):
@@ -311,13 +316,13 @@ def test_one_graph_serves_other_lengths(backend, lengths):
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for time, slots in lengths:
-            inputs = example((time, slots, 4, 2), extras, torch.float32)
+            inputs = example((time, slots, 2, 1), extras, torch.float32)
             inputs = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
             ours, truth = (f(**inputs, **settings, backend=backend) for f in (compiled, attention))
             torch.testing.assert_close(ours, truth)
 
 
-@pytest.mark.parametrize("sizes", [(20, 20, 4, 2), (1, 33, 6, 2), (7, 12, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(20, 20, 2, 1), (1, 33, 2, 1), (7, 12, 2, 2)], ids=str)
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_is_an_operator_of_torch(backend, sizes):
     inputs = example(sizes, EXTRAS["everything"], torch.float32)

@@ -25,7 +25,7 @@ learned = pytest.mark.parametrize("learned", LEARNED.values(), ids=LEARNED)
 fused = pytest.mark.parametrize("backend", [name for name in IMPLEMENTATIONS if name != "reference"])
 
 
-def example(sizes, kind, learned, dtype=torch.float64, tokens=(2, 50), seed=0):
+def example(sizes, kind, learned, dtype=torch.float64, tokens=(2, 20), seed=0):
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -74,17 +74,25 @@ def test_is_the_equation(backend, sizes, kind, learned):
         torch.testing.assert_close(ours[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: name + text)
 
 
+def relative_errors(inputs, settings, backend):
+    """Of outputs and gradients: those of ``backend``, and those of plain PyTorch; truth is the equation in float64."""
+    exact = differentiate({name: x.double() for name, x in inputs.items()}, settings, "reference")
+    sides = [differentiate(inputs, settings, name) for name in (backend, "reference")]
+    assert all(tensor.dtype == inputs["x"].dtype for tensor in sides[0].values())
+    return {name: [(side[name] - truth).norm() / truth.norm() for side in sides] for name, truth in exact.items()}
+
+
 @fused
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rounds_no_worse_than_plain_pytorch(kind, dtype, backend):
-    inputs, settings = example(SIZES["shared"], kind, ("weight", "bias"), dtype, tokens=(4, 300))
-    exact = differentiate({name: x.double() for name, x in inputs.items()}, settings, "reference")
-    ours, plain = (differentiate(inputs, settings, backend) for backend in (backend, "reference"))
-    for name, truth in exact.items():
-        assert ours[name].dtype == dtype
-        error, allowed = ((side[name].double() - truth).norm() / truth.norm() for side in (ours, plain))
-        assert error <= max(2 * allowed, 3 * torch.finfo(torch.float32).eps), name
+    # Errors are averaged over examples. Triton's interpreter takes a hundredth of a second for each token.
+    tokens = (2, 40) if backend == "triton" else (4, 300)
+    examples = [example(SIZES["shared"], kind, ("weight", "bias"), dtype, tokens, seed) for seed in range(3)]
+    errors = [relative_errors(*each, backend) for each in examples]
+    for name in errors[0]:
+        ours, plain = torch.tensor([each[name] for each in errors]).square().mean(0).sqrt()
+        assert ours <= max(2 * plain, 3 * torch.finfo(torch.float32).eps), name
 
 
 @fused
@@ -120,7 +128,7 @@ def test_finite_where_gates_saturate(scale, centered, backend):
 @fused
 @kinds
 def test_is_an_operator_of_torch(kind, backend):
-    inputs, settings = example(SIZES["shared"], kind, ("weight", "bias"), torch.float32)
+    inputs, settings = example(SIZES["shared"], kind, ("weight", "bias"), torch.float32, tokens=(2, 3))
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     torch._dynamo.reset()
     compiled = torch.compile(gated_norm, fullgraph=True, backend="aot_eager")
