@@ -199,9 +199,10 @@ def check_numbers(
     allowed = FLOATS + COMPLEX if complex_too else FLOATS
     device = None
     for name, tensor in (inputs if optional is None else {**inputs, **optional}).items():
-        if tensor is None and name not in inputs:
-            continue
-        tensor = check_tensor(operator, name, tensor)
+        if not isinstance(tensor, Tensor):
+            if tensor is None and name not in inputs:
+                continue
+            tensor = check_tensor(operator, name, tensor)
         device = device or tensor.device
         if tensor.dtype not in allowed or tensor.device != device:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
