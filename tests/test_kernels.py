@@ -733,3 +733,11 @@ def test_auto_says_once_that_native_kernels_are_missing(operator, without_native
     assert "not native: no library was built" in module(operator).explain(5)
     with pytest.raises(ValueError, match=f"backend='native' cannot run {operator}: no library was built; use auto, "):
         call(operator, "native", example(operator))
+
+
+@pytest.mark.parametrize(("time", "within"), [(1 << 14, True), (1 << 16, False)])
+def test_heads_that_lie_too_far_apart_for_32_bits_are_copied(time, within):
+    heads_first = torch.empty(1, 256, time, 512, device="meta").transpose(1, 2)
+    x = triton_support.heads_within_reach(heads_first)
+    assert x.shape == heads_first.shape and x.is_contiguous() != within
+    assert triton_support.heads_within_reach(x) is x

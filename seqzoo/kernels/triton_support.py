@@ -47,6 +47,10 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
+# Tokens that one program of any kernel reads at once, at most.
+LONGEST_BLOCK = 256
+
+
 def launcher(operator: str, name: str) -> Callable[..., Any]:
     """``name`` of the operator's ``triton_kernels.py``, which is imported where it is called."""
 
@@ -59,6 +63,15 @@ def launcher(operator: str, name: str) -> Callable[..., Any]:
 def last_axis_contiguous(x: Tensor) -> Tensor:
     """``x``, copied only if its last axis is strided: kernels take any strides of the axes in front of it."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def heads_within_reach(x: Tensor) -> Tensor:
+    """``x`` ``[batch, time, head, channel]`` with a contiguous last axis; copied, too, where heads lie far apart.
+
+    Kernels count heads, and tokens within a block, in 32 bits: all that these span must be less than 2^31 numbers.
+    """
+    far = max(x.stride(2) * x.shape[2], x.stride(1) * LONGEST_BLOCK) >= 1 << 31
+    return x.contiguous() if far else last_axis_contiguous(x)
 
 
 @functools.cache

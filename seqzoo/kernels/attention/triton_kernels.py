@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from seqzoo.kernels.backends import accumulation_dtype
-from seqzoo.kernels.triton_support import fits_large_tiles, last_axis_contiguous, launch_options
+from seqzoo.kernels.triton_support import fits_large_tiles, heads_within_reach, launch_options
 
 NOTHING = tl.constexpr(float("-inf"))
 
@@ -217,7 +217,7 @@ def _forward(
     ACC: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, lane = _place(batches * HEADS, True)
-    batch, head = (lane // HEADS).to(tl.int64), (lane % HEADS).to(tl.int64)
+    batch, head = (lane // HEADS).to(tl.int64), lane % HEADS
     group = head // (HEADS // GROUPS)
     start = tile * TOKENS
     row = tl.arange(0, TOKENS)
@@ -284,7 +284,7 @@ def _backward_of_queries(
 ):  # fmt: skip
     """dq, D and, with a decay, the sums of dl over slots."""
     tile, lane = _place(batches * HEADS, True)
-    batch, head = (lane // HEADS).to(tl.int64), (lane % HEADS).to(tl.int64)
+    batch, head = (lane // HEADS).to(tl.int64), lane % HEADS
     group = head // (HEADS // GROUPS)
     start = tile * TOKENS
     row = tl.arange(0, TOKENS)
@@ -354,7 +354,7 @@ def _backward_of_slots(
 ):  # fmt: skip
     """dk, dv and dc, with queries as columns, as matmuls want the weights."""
     tile, lane = _place(batches * GROUPS, False)
-    batch, group = (lane // GROUPS).to(tl.int64), (lane % GROUPS).to(tl.int64)
+    batch, group = (lane // GROUPS).to(tl.int64), lane % GROUPS
     j = tile * SLOTS
     column = tl.arange(0, SLOTS)
     present = column < slots - j
@@ -426,7 +426,7 @@ def _backward_of_slots(
 
 def forward(q, k, v, decay, sink, first, cutoff, window, sinks, prefix, soft_cap, scale):
     """o ``[batch time head value]``, and the logarithms of sums of weights ``[batch head time]``."""
-    q, k, v = (last_axis_contiguous(x) for x in (q, k, v))
+    q, k, v = (heads_within_reach(x) for x in (q, k, v))
     decay, sink, first, cutoff = _packed(decay, sink, first, cutoff)
     batch, time, heads, _ = q.shape
     o = q.new_empty(batch, time, heads, v.shape[3])
@@ -442,7 +442,7 @@ def forward(q, k, v, decay, sink, first, cutoff, window, sinks, prefix, soft_cap
 
 def backward(do, q, k, v, decay, sink, first, cutoff, o, sums, window, sinks, prefix, soft_cap, scale):
     """Gradients of q, k, v, decay and sink; None for what is None."""
-    do, q, k, v = (last_axis_contiguous(x) for x in (do, q, k, v))
+    do, q, k, v = (heads_within_reach(x) for x in (do, q, k, v))
     decay, sink, first, cutoff = _packed(decay, sink, first, cutoff)
     (batch, time, heads, _), (slots, groups) = q.shape, k.shape[1:3]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from seqzoo.kernels.triton_support import fits_large_tiles, last_axis_contiguous, launch_options
+from seqzoo.kernels.triton_support import fits_large_tiles, heads_within_reach, launch_options
 
 # e^CUT is 0 in float64 too, and CUT squared is far from the largest number of any type.
 CUT = tl.constexpr(-1e4)
@@ -169,7 +169,7 @@ def _walk(
     place = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(0) % pieces
     lane = tl.program_id(0) // pieces
-    batch, head = (lane // HEADS).to(tl.int64), (lane % HEADS).to(tl.int64)
+    batch, head = (lane // HEADS).to(tl.int64), lane % HEADS
     k_column = tl.program_id(1) * K_BLOCK + tl.arange(0, K_BLOCK)
     v_column = tl.program_id(2) * V_BLOCK + tl.arange(0, V_BLOCK)
     token = tl.arange(0, CHUNK)
@@ -256,7 +256,7 @@ def _read(
     chunks = tl.cdiv(time, CHUNK)
     lane = tl.program_id(0) // chunks
     first = (tl.program_id(0) % chunks).to(tl.int64) * CHUNK
-    batch, head = (lane // HEADS).to(tl.int64), (lane % HEADS).to(tl.int64)
+    batch, head = (lane // HEADS).to(tl.int64), lane % HEADS
     group = head // (HEADS // GROUPS)
     v_column = tl.program_id(1) * V_BLOCK + tl.arange(0, V_BLOCK)
     token = tl.arange(0, CHUNK)
@@ -374,7 +374,7 @@ def _gradient(
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
     first = chunk * CHUNK
     lane = tl.program_id(0) // chunks
-    batch, bundle = (lane // (HEADS // SHARE)).to(tl.int64), (lane % (HEADS // SHARE)).to(tl.int64)
+    batch, bundle = (lane // (HEADS // SHARE)).to(tl.int64), lane % (HEADS // SHARE)
     group = bundle * SHARE // (HEADS // GROUPS)
     k_column = tl.program_id(1) * K_BLOCK + tl.arange(0, K_BLOCK)
     k_present = k_column < KEY
@@ -531,7 +531,7 @@ def _step(
 
 def forward(q, k, v, log_decay, bonus, state, starts):
     """o, and S after the last token."""
-    q, k, v = (last_axis_contiguous(x) for x in (q, k, v))
+    q, k, v = (heads_within_reach(x) for x in (q, k, v))
     log_decay, bonus, state, starts = (None if x is None else x.contiguous() for x in (log_decay, bonus, state, starts))
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if v.shape[1] <= STEPS:
@@ -544,7 +544,7 @@ def forward(q, k, v, log_decay, bonus, state, starts):
 
 def backward(dout, dlast, q, k, v, log_decay, bonus, state, starts):
     """Gradients of q, k, v, log_decay, bonus and state; any tensor for what is None."""
-    dout, q, k, v = (last_axis_contiguous(x) for x in (dout, q, k, v))
+    dout, q, k, v = (heads_within_reach(x) for x in (dout, q, k, v))
     dlast, log_decay, bonus, state, starts = (
         None if x is None else x.contiguous() for x in (dlast, log_decay, bonus, state, starts)
     )
