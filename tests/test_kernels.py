@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
-from seqzoo.kernels import EVERY_OPERATOR, OPERATORS, TOKENWISE, adapters, backends, checked_ranges, native
+from seqzoo.kernels import (
+    EVERY_OPERATOR,
+    OPERATORS,
+    TOKENWISE,
+    adapters,
+    backends,
+    checked_ranges,
+    native,
+    triton_support,
+)
 from seqzoo.kernels.chunks import UnitLowerInverse
 
 # Triton's interpreter walks through a kernel's programs one by one: one length of several chunks stands for all, and
@@ -735,7 +744,7 @@ def test_auto_says_once_that_native_kernels_are_missing(operator, without_native
         call(operator, "native", example(operator))
 
 
-@pytest.mark.parametrize(("time", "within"), [(1 << 14, True), (1 << 16, False)])
+@pytest.mark.parametrize(("time", "within"), [(1 << 13, True), (1 << 16, False)])
 def test_heads_that_lie_too_far_apart_for_32_bits_are_copied(time, within):
     heads_first = torch.empty(1, 256, time, 512, device="meta").transpose(1, 2)
     x = triton_support.heads_within_reach(heads_first)
