@@ -221,8 +221,11 @@ def cut_at_random(seed):
     return [end - begin for begin, end in zip([0, *cuts], [*cuts, TIME], strict=True)]
 
 
-SPLITS = {f"cut at {cut}": [cut, TIME - cut] for cut in (1, 16)}
-SPLITS |= {"token by token at first": [1] * 24 + [TIME - 24], "at random": cut_at_random(0)}
+SPLITS = {
+    "cut at 1 and 16": [1, 15, TIME - 16],
+    "token by token at first": [1] * 18 + [TIME - 18],
+    "at random": cut_at_random(0),
+}
 
 
 @pytest.fixture(params=[*DEFAULTS, *VARIANTS], ids=title)
