@@ -27,7 +27,7 @@ from seqzoo.kernels.chunks import UnitLowerInverse
 # Triton's interpreter walks through a kernel's programs one by one: one length of several chunks stands for all, and
 # what `interpreted_by_default` does not name waits for `make test-all`.
 INTERPRETED = ("triton",)
-TIMES = (1, 3, 17, 63, 64, 100, 200)
+TIMES = (1, 3, 17, 63, 64, 200)
 FEW_TIMES = (1, 70)
 # Starts that stand for all at most lengths.
 FEW_STARTS = ("no start", "many starts")
@@ -96,9 +96,9 @@ SINGLE = tuple(operator for operator in OPERATORS if operator not in COMPOSED)
 
 every = parametrize(with_variants(EVERY))
 others = parametrize(with_variants(OTHERS))
-gated = parametrize(with_variants(EVERY, having=["log_decay"]))
+gated = parametrize(with_variants(OTHERS, having=["log_decay"]))
 forgetting = parametrize(with_variants(EVERY, having=DECAYS))
-delta = parametrize(with_variants(EVERY, having=["beta"]))
+delta = parametrize(with_variants(OTHERS, having=["beta"]))
 
 
 def call(operator, backend, inputs, starts=None):
@@ -332,8 +332,10 @@ def test_fast_weights_of_long_chunks(backend, chunk):
 
 @interpreted_by_default(operator=SINGLE, starts=("many starts",), time=(70,))
 @parametrize(with_times(with_variants(OTHERS), [1, 100]))
-@pytest.mark.parametrize("starts", FEW_STARTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "starts"),
+    [(torch.float32, "no start"), (torch.float32, "many starts"), (torch.bfloat16, "many starts")],
+)
 def test_is_as_precise_as_plain_pytorch(operator, backend, variant, dtype, time, starts):
     cases = [(operator, variant, dtype, time, seed, starts, backend in INTERPRETED) for seed in seeds_for(backend)]
     known = [example_with_truth(*case) for case in cases]
@@ -414,7 +416,7 @@ def strongly_decaying(operator, variant, where, amount, seed, **sizes):
 
 
 @interpreted_by_default(operator=SINGLE, where=("one token",), amount=(-math.inf,))
-@pytest.mark.parametrize("amount", [-50.0, -1e4, -math.inf])
+@pytest.mark.parametrize("amount", [-50.0, -math.inf])
 @pytest.mark.parametrize("where", ["each token", "one token"])
 @gated
 def test_stays_precise_under_strong_decay(operator, backend, variant, where, amount):
@@ -462,7 +464,7 @@ def test_scans_keep_to_the_equation_at_the_limits(operator, backend, variant):
 @interpreted_by_default()
 @delta
 def test_writes_with_strength_up_to_two(operator, backend, variant):
-    time, heads = 70 if backend in INTERPRETED else 200, heads_for(backend in INTERPRETED)
+    time, heads = 70 if backend in INTERPRETED else 100, heads_for(backend in INTERPRETED)
     examples = []
     for seed in seeds_for(backend):
         inputs = example(operator, variant, time=time, dtype=torch.float32, seed=seed, **heads)
@@ -478,7 +480,7 @@ def test_writes_with_strength_up_to_two(operator, backend, variant):
 @delta
 def test_repeated_keys_overwrite_each_other(operator, backend, variant):
     """The same key at each token, no decay: powers of the triangular matrix would pass 1e18."""
-    time, heads = 70 if backend in INTERPRETED else 200, heads_for(backend in INTERPRETED)
+    time, heads = 70 if backend in INTERPRETED else 100, heads_for(backend in INTERPRETED)
     examples = []
     for seed in seeds_for(backend):
         inputs = example(operator, variant, time=time, dtype=torch.float32, seed=seed, **heads)
