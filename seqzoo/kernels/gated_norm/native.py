@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from seqzoo.kernels.native.tensors import DTYPES, Function, fresh
+from seqzoo.kernels.native.tensors import DTYPES, Function, fresh, rows_of
 from seqzoo.kernels.torch_operators import define, differentiable
 
 _forward = Function("gated_norm_forward")
@@ -22,12 +22,6 @@ def gated_norm(x, gate, weight, bias, groups, eps, scale, centered, activation, 
     weight, bias = (None if z is None else z.to(wide) for z in (weight, bias))
     activation = ACTIVATIONS[None if gate is None else activation]
     return FORWARD(x, gate, weight, bias, groups, eps, scale, centered, activation, gate_first).to(dtype)
-
-
-def _rows(x):
-    """``x`` as ``[token, width]`` with any distance between tokens, copied only where it has no such form."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _settings(x, gate, weight, bias, groups, *numbers):
@@ -51,7 +45,7 @@ def _addresses(*tensors):
 def _run(x, gate, weight, bias, groups, *numbers):
     y = x.new_empty(x.shape)
     fresh(y)
-    x, gate = _rows(x), None if gate is None else _rows(gate)
+    x, gate = rows_of(x), None if gate is None else rows_of(gate)
     weight, bias = (None if z is None else z.contiguous() for z in (weight, bias))
     if x.numel():
         addresses = _addresses(x, gate, weight, bias)
@@ -66,7 +60,7 @@ def _fake(x, gate, weight, bias, groups, *numbers):
 def _run_backward(dy, x, gate, weight, bias, groups, *numbers):
     gradients = [None if z is None else z.new_empty(z.shape) for z in (x, gate, weight, bias)]
     fresh(*gradients[:2])
-    x, gate = _rows(x), None if gate is None else _rows(gate)
+    x, gate = rows_of(x), None if gate is None else rows_of(gate)
     dy, weight, bias = (None if z is None else z.contiguous() for z in (dy, weight, bias))
     if not x.numel():
         return [None if z is None else z.zero_() for z in gradients]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from seqzoo.kernels.native.tensors import DTYPES, Function, fresh
+from seqzoo.kernels.native.tensors import DTYPES, Function, fresh, rows_of
 from seqzoo.kernels.torch_operators import define, differentiable
 
 _forward = Function("gated_skip_forward")
@@ -21,16 +21,10 @@ def gated_skip(x, skip, weight, gate, activation):
     return FORWARD(x, skip, weight, gate, activation == "silu").to(dtype)
 
 
-def _rows(x):
-    """``x`` as ``[token, width]`` with any distance between tokens, copied only where it has no such form."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _prepared(x, skip, weight, gate, silu):
     """What both functions take: threads, dtype and sizes; then addresses, for tokens may lie apart."""
     threads = torch.get_num_threads() if x.numel() > SMALL else 1
-    tensors = [None if z is None else _rows(z) for z in (x, skip, gate)]
+    tensors = [None if z is None else rows_of(z) for z in (x, skip, gate)]
     strides = [0 if z is None else z.stride(0) for z in tensors]
     weight = weight.contiguous()
     heads = weight.shape[-1]

@@ -76,6 +76,17 @@ def dense(*tensors: Tensor | None) -> list[Any]:
     return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
 
 
+def rows_of(x: Tensor, width: int = 1) -> Tensor:
+    """``x`` as ``[token, channel]`` with any distance between tokens, copied only where it has no such form.
+
+    Args:
+        x: ``[..., channel]``, or several last axes that are channels.
+        width: how many of the last axes they are.
+    """
+    x = x.reshape(x.shape[:-width].numel(), x.shape[-width:].numel())
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def dense_rows(*tensors: Tensor) -> list[Any]:
     """Of each tensor its first row ``[1, 1, ...]``, which has its address, and the strides of its first two axes.
 

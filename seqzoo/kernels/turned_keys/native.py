@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from seqzoo.kernels.backends import accumulation_dtype
-from seqzoo.kernels.native.tensors import DTYPES, Function, dense, fresh
+from seqzoo.kernels.native.tensors import DTYPES, Function, dense, fresh, rows_of
 from seqzoo.kernels.torch_operators import define, differentiable
 
 _forward = Function("turned_keys_forward")
@@ -27,12 +27,6 @@ def turned_keys(write, read, write_bias, read_bias, turn, step, gain, values, an
     return *(z.to(dtype) for z in (q, k, v)), own, last_angle, last_key
 
 
-def _rows(values):
-    """``values`` as ``[token, width]`` with any distance between tokens, copied only where it has no such form."""
-    values = values.flatten(2).flatten(0, 1)
-    return values if values.stride(1) == 1 else values.contiguous()
-
-
 def _settings(write, write_bias, turn, values):
     """What both functions take first: threads, dtype and sizes."""
     threads = torch.get_num_threads() if write_bias.numel() * turn.shape[1] > SMALL else 1
@@ -42,7 +36,7 @@ def _settings(write, write_bias, turn, values):
 def _run(write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value, starts):
     inputs = write, read, write_bias, read_bias, turn, step, gain, values, angle, key, value, starts
     outputs = _fake(*inputs)
-    rows = _rows(values)
+    rows = rows_of(values, 2)
     before, after = dense(*inputs[:7]), dense(*inputs[8:])
     fresh(*outputs[:3])
     if outputs[0].numel():
