@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from seqzoo.kernels.taylor_features import taylor_features, taylor_size
 TOKENS = -1  # in a shape: where the axes of the tokens stand
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """A function, its inputs, and the equation once more.
 
     Args:
@@ -35,8 +37,8 @@ class Case(NamedTuple):
     function: Callable[..., Any]
     written_out: Callable[..., Any]
     narrow: dict[str, int]
-    wide: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
-    settings: dict[str, Any] = {}  # noqa: RUF012
+    wide: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     begins: bool = False
 
     def example(self, dtype=torch.float64, tokens=(2, 50), seed=0):
