@@ -32,6 +32,10 @@ FLA = {
     ("gated_linear_attention", "bonus, scalar decay"): ("ops.rwkv6.chunk_rwkv6", RWKV6),
     ("gated_linear_attention", "bonus, decay per channel"): ("ops.rwkv6.chunk_rwkv6", RWKV6 | {"w": "log_decay"}),
     ("gated_linear_attention", "bonus, no decay"): ("ops.rwkv6.chunk_rwkv6", RWKV6),
+    ("gated_linear_attention", "scalar decay, weights and a skip"): (  # its values are weighted before
+        "ops.simple_gla.chunk_simple_gla",
+        {"q": "q", "k": "k", "g": "log_decay"},
+    ),
     ("dplr_delta_rule", "decay per channel"): (
         "ops.generalized_delta_rule.chunk_dplr_delta_rule",
         GLA | {"a": "a", "b": "b", "gk": "log_decay"},

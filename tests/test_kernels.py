@@ -299,6 +299,23 @@ def test_groups_of_heads_share_queries_and_keys(operator, backend, variant, grou
     assert_same(*(named_tensors(call(operator, backend, z, starts)) for z in (inputs, repeated)))
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
+@pytest.mark.parametrize("variant", ["decay per channel", "no decay", "bonus, scalar decay"])
+def test_gated_linear_attention_with_weights_and_a_skip(backend, variant):
+    """Beside any decay and a bonus, they are what they say: weighted values, and a share of the token's own."""
+    weights = example("gated_linear_attention", "scalar decay, weights and a skip", time=70)
+    inputs, starts = example("gated_linear_attention", variant, time=70), STARTS["many starts"](70)
+    inputs |= {name: weights[name] for name in ("write", "skip")}
+
+    def outside(v, write, skip, **others):
+        o, last = call("gated_linear_attention", "reference", {"v": v * write[..., None], **others}, starts)
+        return o + skip[:, None] * v, last
+
+    learned = learnable(inputs)
+    ours = differentiate("gated_linear_attention", backend, inputs, starts)
+    assert_same(ours, with_gradients(learned, outside(**learned)))
+
+
 @pytest.mark.parametrize("operator", ["gated_linear_attention", "mlstm"])
 def test_values_without_channels(operator):
     for variant in equation(operator).VARIANTS:

@@ -112,10 +112,20 @@ class Mamba2(Mixer):
         u = rearrange(u, "b t (h p) -> b t h p", h=self.num_heads)
         b, c = (rearrange(w, "b t (g n) -> b t g n", g=self.num_groups) for w in (b, c))
         step, log_decay = self.decay(step)
+        per_head = len(self.skip) == self.num_heads
         y, memory = gated_linear_attention(
-            c, b, u * step[..., None].to(u.dtype), log_decay, state and state.memory, starts, backend=self.backend
+            c,
+            b,
+            u,
+            log_decay,
+            state and state.memory,
+            starts,
+            write=step,
+            skip=self.skip if per_head else None,
+            backend=self.backend,
         )
-        y = y + self.skip.view(self.num_heads, -1).to(u.dtype) * u
+        if not per_head:
+            y = y + self.skip.view(self.num_heads, -1).to(u.dtype) * u
         y = rearrange(y, "b t h p -> b t (h p)")
         y = y * F.silu(z) if self.norm is None else self.norm(y, z)
         return self.out(y), Mamba2State(memory, conv)

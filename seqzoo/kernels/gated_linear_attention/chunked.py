@@ -16,12 +16,17 @@ from einops import rearrange
 
 from seqzoo.kernels.backends import accumulation_dtype
 from seqzoo.kernels.chunks import ChannelChunks, Chunks
+from seqzoo.kernels.gated_linear_attention.weights import weighted
 from seqzoo.kernels.segments import by_segments
 
 CHUNK = 64
 
 
-def gated_linear_attention(q, k, v, log_decay, bonus, state, starts):
+def gated_linear_attention(q, k, v, log_decay, bonus, state, starts, write=None, skip=None):
+    return weighted(_by_segments, q, k, v, log_decay, bonus, state, starts, write, skip)
+
+
+def _by_segments(q, k, v, log_decay, bonus, state, starts):
     return by_segments(partial(_segment, bonus), (q, k, v, log_decay), state, starts)
 
 

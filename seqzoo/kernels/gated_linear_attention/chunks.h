@@ -5,6 +5,8 @@
 //
 //     P = Q K^T,    O = e Q S + (P o D) V,    S' = e^{G_C} S + K^T (w V)
 //
+// (where writes have weights, V in all this is the weighted one; the skip is added to O)
+//
 // and backwards, with dS' the gradient of S' and X = dO V^T:
 //
 //     dV = (P o D)^T dO + w K dS',    dQ = (X o D) K + e dO S^T,    dK = (X o D)^T Q + w V dS'^T,
@@ -148,7 +150,8 @@ void advance(const Block<T>& block, int64_t chunk, Wide<T>* states, Wide<T>* wei
     for (int64_t n = 0; n < block.count; n++) {
         decay.load(p, block.b, block.first_head + n, token, size);
         for (int64_t i = 0; i < size; i++) {
-            scaled(p.value, decay.to_end[i], p.v + block.at_value(token + i, block.first_head + n),
+            int64_t head = block.first_head + n;
+            scaled(p.value, decay.to_end[i] * p.weight(block.b, token + i, head), p.v + block.at_value(token + i, head),
                    weighted + i * columns + n * p.value);
         }
         if (decay.over == 1) continue;
@@ -164,6 +167,16 @@ void advance(const Block<T>& block, int64_t chunk, Wide<T>* states, Wide<T>* wei
 template <class W>
 void multiply_elements(const W* a, const W* b, int64_t rows, W* to) {
     for (int64_t i = 0; i < rows * CHUNK; i += LANES<W>) store(to + i, load(a + i) * load(b + i));
+}
+
+// Column j of a matrix with rows of CHUNK numbers times the weight of what token j writes.
+template <class T>
+void weigh_columns(const Block<T>& block, int64_t token, int64_t head, int64_t size, Wide<T>* matrix) {
+    using W = Wide<T>;
+    if (!block.p.write) return;
+    alignas(64) W weights[CHUNK] = {};
+    for (int64_t j = 0; j < size; j++) weights[j] = block.p.weight(block.b, token + j, head);
+    for (int64_t i = 0; i < size; i++) multiply_elements(matrix + i * CHUNK, weights, 1, matrix + i * CHUNK);
 }
 
 template <class T>
@@ -187,6 +200,7 @@ void forward_block(const Block<T>& block, T* o, Wide<T>* last, Wide<T>* kept) {
             decay.load(p, block.b, head, token, size);
             decay.between(scores);
             multiply_elements(products, scores, size, scores);
+            weigh_columns(block, token, head, size, scores);
             W* mine = out + n * p.value;
             for (int64_t i = 0; i < size; i++) {
                 scaled(p.value, decay.from_start[i], mine + i * columns, mine + i * columns);
@@ -194,7 +208,9 @@ void forward_block(const Block<T>& block, T* o, Wide<T>* last, Wide<T>* kept) {
             block.multiply({size, p.value, size}, Matrix{scores, CHUNK}, block.rows_of_head(p.v, token, head),
                            Matrix{mine, columns}, true);
             for (int64_t i = 0; i < size; i++) {
-                copy_row(p.value, mine + i * columns, o + block.at_value(token + i, head));
+                int64_t place = block.at_value(token + i, head);
+                if (p.skip) add_scaled(p.value, p.skip[head], p.v + place, mine + i * columns);
+                copy_row(p.value, mine + i * columns, o + place);
             }
         }
         advance(block, chunk, states, weighted);
@@ -257,6 +273,7 @@ void backward_block(const Block<T>& block, const T* o_grad, const Wide<T>* last_
     ChunkDecay<W> decay;
 
     block.load_states(block.of_row(last_grad), future);
+    if (p.skip) std::fill_n(to.skip + block.b * p.heads + block.first_head, block.count, W(0));
     for (int64_t begin = (chunks - 1) / CHUNKS * CHUNKS; begin >= 0; begin -= CHUNKS) {
         int64_t end = std::min(begin + CHUNKS, chunks);
         block.load_states(begin ? kept + p.at_kept(block.b, begin * CHUNK) : block.of_row(p.state), entering);
@@ -286,11 +303,24 @@ void backward_block(const Block<T>& block, const T* o_grad, const Wide<T>* last_
                 }
                 block.multiply({size, p.value, size}, Matrix{scores, CHUNK}.transposed(), gradient,
                                Matrix{my_dv, columns}, true);
+                W skipped = 0;
                 for (int64_t i = 0; i < size; i++) {
-                    copy_row(p.value, my_dv + i * columns, to.v + block.at_value(token + i, head));
+                    W* row = my_dv + i * columns;
+                    int64_t place = block.at_value(token + i, head);
+                    if (p.write) {
+                        to.write[(block.b * p.time + token + i) * p.heads + head] = dot(p.value, row, p.v + place);
+                        scaled(p.value, p.weight(block.b, token + i, head), row, row);
+                    }
+                    if (p.skip) {
+                        skipped += dot(p.value, p.v + place, o_grad + place);
+                        add_scaled(p.value, p.skip[head], o_grad + place, row);
+                    }
+                    copy_row(p.value, row, to.v + place);
                 }
+                if (p.skip) to.skip[block.b * p.heads + head] += skipped;
 
                 block.multiply({size, size, p.value}, gradient, v.transposed(), Matrix{x, CHUNK});
+                weigh_columns(block, token, head, size, x);
                 multiply_elements(scores, x, size, scores);
                 multiply_elements(between, x, size, x);
                 for (int64_t i = 0; i < size * CHUNK; i += LANES<W>) {
@@ -306,7 +336,7 @@ void backward_block(const Block<T>& block, const T* o_grad, const Wide<T>* last_
                 }
                 block.multiply({size, p.key, p.value}, v, Matrix{my_future, columns}.transposed(), Matrix{part, p.key});
                 for (int64_t i = 0; i < size; i++) {
-                    W factor = decay.to_end[i];
+                    W factor = decay.to_end[i] * p.weight(block.b, token + i, head);
                     writes[i] = factor *
                                 add_row(part + i * p.key, p.key, factor, dk + i * p.key, p.k + block.at_key(token + i));
                 }

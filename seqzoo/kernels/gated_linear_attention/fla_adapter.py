@@ -6,9 +6,14 @@ from functools import partial
 
 from seqzoo.kernels.adapters import by_documents, imported
 from seqzoo.kernels.backends import share_heads
+from seqzoo.kernels.gated_linear_attention.weights import weighted
 
 
-def gated_linear_attention(q, k, v, log_decay, bonus, state, starts):
+def gated_linear_attention(q, k, v, log_decay, bonus, state, starts, write=None, skip=None):
+    return weighted(_run, q, k, v, log_decay, bonus, state, starts, write, skip)
+
+
+def _run(q, k, v, log_decay, bonus, state, starts):
     q, k = share_heads(q, v).to(v.dtype), share_heads(k, v).to(v.dtype)
     inputs = (q, k, v) if log_decay is None else (q, k, v, log_decay)
     run = _simple

@@ -14,6 +14,7 @@ using namespace seqzoo;
 constexpr int64_t SPAN = 1024;
 
 // Contiguous inputs; log_decay is [batch, time, head], or with per_channel [batch, time, head, key]; null is none.
+// write is [batch, time, head], null is 1, skip is [head]; neither comes with per_channel or a bonus.
 template <class T>
 struct Problem {
     using W = Wide<T>;
@@ -23,6 +24,7 @@ struct Problem {
     bool per_channel;
     const W *bonus, *state;
     const bool* starts;
+    const W *write, *skip;
 
     int64_t shift() const { return bonus != nullptr; }
     int64_t steps() const { return time + shift(); }
@@ -36,23 +38,33 @@ struct Problem {
     int64_t at_kept(int64_t b, int64_t step) const {
         return (b * ((steps() - 1) / SPAN) + step / SPAN - 1) * heads * key * value;
     }
+    W weight(int64_t b, int64_t token, int64_t head) const {
+        return write ? write[(b * time + token) * heads + head] : W(1);
+    }
     bool reads(int64_t b, int64_t step) const { return step < time && !(bonus && starts && starts[b * time + step]); }
 };
 
 template <class T>
 Problem<T> problem(int64_t batch, int64_t time, int64_t groups, int64_t heads, int64_t key, int64_t value,
                    const void* q, const void* k, const void* v, const void* log_decay, bool per_channel,
-                   const void* bonus, const void* state, const void* starts) {
+                   const void* bonus, const void* state, const void* starts, const void* write, const void* skip) {
     auto data = [](const void* x) { return static_cast<const T*>(x); };
     auto wide = [](const void* x) { return static_cast<const Wide<T>*>(x); };
-    return {batch,   time,    groups,          heads,       key,         value,       data(q),
-            data(k), data(v), wide(log_decay), per_channel, wide(bonus), wide(state), static_cast<const bool*>(starts)};
+    return {batch,       time,
+            groups,      heads,
+            key,         value,
+            data(q),     data(k),
+            data(v),     wide(log_decay),
+            per_channel, wide(bonus),
+            wide(state), static_cast<const bool*>(starts),
+            wide(write), wide(skip)};
 }
 
 template <class T>
 struct Gradients {
     T *q, *k, *v;
     Wide<T>*log_decay, *bonus, *state;
+    Wide<T>*write, *skip;  // [batch, time, head], [batch, head]
 };
 
 }  // namespace linear_attention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from seqzoo.kernels.gated_linear_attention.weights import weighted
 from seqzoo.kernels.torch_operators import define, differentiable
 from seqzoo.kernels.triton_support import DEVICES, launcher
 
@@ -30,5 +31,5 @@ differentiable(
 )
 
 
-def gated_linear_attention(q, k, v, log_decay, bonus, state, starts):
-    return _FORWARD(q, k, v, log_decay, bonus, state, starts)
+def gated_linear_attention(q, k, v, log_decay, bonus, state, starts, write=None, skip=None):
+    return weighted(_FORWARD, q, k, v, log_decay, bonus, state, starts, write, skip)

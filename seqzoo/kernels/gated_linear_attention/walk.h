@@ -8,6 +8,8 @@
 //     dq_t = S_t do_t,             S^T as above,                                tiles of key columns, forwards
 //     dk_t = dS_t v_t,             dS^T as above,                               tiles of key columns, backwards
 //
+// Weights of writes and the skip are known forwards only: backwards all that has them goes by chunks.
+//
 // With a bonus, step t reads with the query of token t but writes token t - 1 (`shift`), and the bonus is added apart.
 #pragma once
 
@@ -181,6 +183,10 @@ struct Heads {
     void load_values(const T* from, bool written, int64_t step, int64_t steps, const Operand<W>& to) const {
         load(written, step, steps, to,
              [&](int64_t t, int64_t n, W* row) { copy_padded(p.value, from + at_value(t, n), to.stride, row); });
+        if (!written || !p.write) return;
+        for (int64_t i = 0; i < steps; i++) {
+            for (int64_t n = 0; n < count; n++) scaled(p.value, p.weight(b, step + i, first + n), to[n][i], to[n][i]);
+        }
     }
     // e^g of each step, and of the one after the last.
     void load_decays(int64_t step, int64_t steps, const Operand<W>& to) const {
@@ -325,12 +331,8 @@ void forward_heads(const Heads<T>& heads, T* o, Wide<T>* last, Wide<T>* kept) {
             each_tile([&](int64_t n, int64_t column, int64_t width, int, W*) {
                 int64_t place = heads.at_value(first + i, n) + column;
                 W* row = out[n][i] + column;
-                if (p.bonus) {
-                    Vec<W> own = broadcast<Vec<W>>(heads.own_weight(first + i, n));
-                    for_each_vector<T>(width, [&](int64_t c, auto load, auto) {
-                        store(row + c, fma(own, load(p.v + place + c), seqzoo::load(row + c)));
-                    });
-                }
+                if (p.bonus) add_scaled(width, heads.own_weight(first + i, n), p.v + place, row);
+                if (p.skip) add_scaled(width, p.skip[heads.first + n], p.v + place, row);
                 copy_row(width, row, o + place);
             });
         }
@@ -528,12 +530,7 @@ void backward_heads(const Heads<T>& heads, const T* o_grad, const Wide<T>* last_
                     heads.tiles.template each<W>(p.value, [&](int64_t column, int64_t width, int) {
                         int64_t place = heads.at_value(writer, n) + column;
                         W* row = dv[n][i] + column;
-                        if (p.bonus) {
-                            for_each_vector<T>(width, [&](int64_t c, auto load, auto) {
-                                V own_gradient = load(o_grad + place + c);
-                                store(row + c, fma(broadcast<V>(weight), own_gradient, seqzoo::load(row + c)));
-                            });
-                        }
+                        if (p.bonus) add_scaled(width, weight, o_grad + place, row);
                         copy_row(width, row, to.v + place);
                     });
                 }
@@ -568,7 +565,8 @@ void step_head(const Problem<T>& p, int64_t b, int64_t h, T* o, Wide<T>* last) {
     const T *q = p.q + head.at_key(0, 0), *k = p.k + head.at_key(0, 0), *v = p.v + head.at_value(0, 0);
     W* decay = workspace<0, W>(padded<W>(p.key));
     head.load_decays(p.shift(), 0, {decay, padded<W>(p.key)});
-    V own = broadcast<V>(p.bonus ? head.own_weight(0, 0) : W(0));
+    V own = broadcast<V>(p.bonus ? head.own_weight(0, 0) : p.skip ? p.skip[h] : W(0));
+    V weight = broadcast<V>(p.weight(b, 0, h));
     for (int64_t column = 0; column < p.value; column += TILE * LANES<W>) {
         // Vectors of the tile, a ragged one last: the loops over them vanish, so that they stay in registers.
         auto each = [&](auto body) __attribute__((always_inline)) {
@@ -582,6 +580,7 @@ void step_head(const Problem<T>& p, int64_t b, int64_t h, T* o, Wide<T>* last) {
         each([&](int j, int64_t at, int64_t left) __attribute__((always_inline)) {
             written[j] = load_up_to(v + at, left);
             out[j] = own * written[j];
+            written[j] *= weight;
         });
         for (int64_t c = 0; c < p.key; c++) {
             V kept = broadcast<V>(decay[c]), key = broadcast<V>(widen(k[c])), query = broadcast<V>(widen(q[c]));

@@ -259,6 +259,15 @@ SEQZOO_INLINE void scaled(int64_t count, Wide<To> factor, const From* from, To* 
     for_each_vector<From>(count, [&](int64_t i, auto load, auto store) { store(to + i, load(from + i) * factor); });
 }
 
+// to += factor from
+template <class From, class To>
+SEQZOO_INLINE void add_scaled(int64_t count, Wide<To> factor, const From* from, To* to) {
+    auto by = broadcast<Vec<Wide<To>>>(factor);
+    for_each_vector<From>(count, [&](int64_t i, auto load, auto store) {
+        store(to + i, fma(by, load(from + i), load(to + i)));
+    });
+}
+
 template <class A, class B>
 SEQZOO_INLINE Wide<A> dot(int64_t count, const A* a, const B* b) {
     Vec<Wide<A>> total{};
