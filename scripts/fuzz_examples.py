@@ -28,10 +28,13 @@ class Draw:
         return torch.randn(shape, generator=self.random, dtype=torch.float64).to(self.wide_dtype)
 
 
-def gated_skip(batch=2, time=37, heads=3, channels=8, gated=True, activation=None, dtype=torch.float64, seed=0):
+def gated_output(
+    batch=2, time=37, heads=3, channels=8, gated=True, skips=True, activation=None, dtype=torch.float64, seed=0
+):
     draw, shape = Draw(dtype, seed), (batch, time, heads * channels)
-    inputs = {"x": draw(*shape), "skip": draw(*shape), "weight": draw.wide(batch, time, heads)}
-    return inputs | ({"gate": draw(*shape)} if gated else {}) | {"activation": activation}
+    inputs = {"x": draw(*shape)} | ({"gate": draw(*shape)} if gated else {})
+    inputs |= {"skip": draw(*shape), "weight": draw.wide(batch, time, heads)} if skips else {}
+    return inputs | {"activation": activation}
 
 
 def token_shift(
@@ -85,7 +88,18 @@ class Other(NamedTuple):
 
 
 OTHERS = {
-    "gated_skip": Other(gated_skip, {"no gate": {"gated": False}, "a gate": {}, "silu": {"activation": "silu"}}),
+    "gated_output": Other(
+        gated_output,
+        {
+            "skip": {"gated": False},
+            "gate": {"skips": False},
+            "silu": {"activation": "silu", "skips": False},
+            "sigmoid": {"activation": "sigmoid", "skips": False},
+            "gelu": {"activation": "gelu", "skips": False},
+            "skip and gate": {},
+            "skip and silu": {"activation": "silu"},
+        },
+    ),
     "token_shift": Other(
         token_shift,
         {"alone": {"goes_on": False}, "last": {}, "more": {"more": True}, "narrow": {"more": True, "narrow": True}},

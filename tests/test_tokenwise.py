@@ -14,7 +14,8 @@ from torch import Tensor
 
 from seqzoo.kernels import native
 from seqzoo.kernels.erasing_keys import erasing_keys
-from seqzoo.kernels.gated_skip import gated_skip
+from seqzoo.kernels.gated_output import gated_output
+from seqzoo.kernels.gated_output.native import ACTIVATIONS
 from seqzoo.kernels.recurrence_gates import recurrence_gates
 from seqzoo.kernels.taylor_features import taylor_features, taylor_size
 
@@ -59,10 +60,19 @@ class Case:
         return inputs
 
 
-def skip_written_out(x, skip, weight, gate=None, *, activation=None):
-    heads = weight.shape[-1]
-    y = (x.unflatten(-1, (heads, -1)) + weight[..., None] * skip.unflatten(-1, (heads, -1))).flatten(-2)
-    return y if gate is None else y * (gate * gate.sigmoid() if activation == "silu" else gate)
+OPENED = {
+    None: lambda gate: gate,
+    "silu": lambda gate: gate * gate.sigmoid(),
+    "sigmoid": lambda gate: gate.sigmoid(),
+    "gelu": lambda gate: gate / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (gate + 0.044715 * gate**3))),
+}
+
+
+def output_written_out(x, gate=None, skip=None, weight=None, *, activation=None):
+    if skip is not None:
+        heads = weight.shape[-1]
+        x = (x.unflatten(-1, (heads, -1)) + weight[..., None] * skip.unflatten(-1, (heads, -1))).flatten(-2)
+    return x if gate is None else x * OPENED[activation](gate)
 
 
 def keys_written_out(r, k, decay, rate, decay_bias, rate_bias, key_scale, key_rate, bonus):
@@ -87,9 +97,11 @@ def gates_written_out(u, recurrence, input, recurrence_bias, input_bias, rate, b
     return a, room * (input + input_bias).sigmoid() * u
 
 
-def skip(channels, heads, gate=False, activation=None):
-    narrow = {"x": channels, "skip": channels} | ({"gate": channels} if gate else {})
-    return Case(gated_skip, skip_written_out, narrow, {"weight": (TOKENS, heads)}, {"activation": activation})
+def output(channels, heads=None, gate=True, activation=None):
+    """Without heads there is no skip."""
+    narrow = dict.fromkeys(("x", *["gate"] * gate, *["skip"] * (heads is not None)), channels)
+    wide = {} if heads is None else {"weight": (TOKENS, heads)}
+    return Case(gated_output, output_written_out, narrow, wide, {"activation": activation})
 
 
 def keys(heads, size):
@@ -105,9 +117,15 @@ def gates(channels, begins=False):
 
 
 CASES = {
-    "gated_skip, one head": skip(37, 1),
-    "gated_skip, heads, a gate": skip(96, 6, gate=True),
-    "gated_skip, a channel a head, silu": skip(5, 5, gate=True, activation="silu"),
+    "gated_output, one head": output(37, 1, gate=False),
+    "gated_output, a gate": output(37),
+    "gated_output, silu": output(8, activation="silu"),
+    "gated_output, sigmoid": output(5, activation="sigmoid"),
+    "gated_output, gelu": output(37, activation="gelu"),
+    "gated_output, heads, a gate": output(96, 6),
+    "gated_output, heads, sigmoid": output(12, 3, activation="sigmoid"),
+    "gated_output, heads, gelu": output(18, 2, activation="gelu"),
+    "gated_output, a channel a head, silu": output(5, 5, activation="silu"),
     "erasing_keys, one head": keys(1, 37),
     "erasing_keys, heads": keys(6, 16),
     "erasing_keys, small heads": keys(5, 3),
@@ -183,7 +201,7 @@ def test_any_number_of_tokens(tokens, threads, case):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("case", [skip(0, 3, gate=True), keys(3, 0)], ids=["gated_skip", "erasing_keys"])
+@pytest.mark.parametrize("case", [output(0, 3), keys(3, 0)], ids=["gated_output", "erasing_keys"])
 def test_heads_without_channels(case):
     inputs = case.example()
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
@@ -210,7 +228,7 @@ def test_is_an_operator_of_torch(case):
     compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs, **case.settings), case.function(**inputs, **case.settings))
     operator = getattr(torch.ops.seqzoo, f"{case.function.__name__}_native").default
-    inputs |= case.settings | {"silu": case.settings.get("activation") == "silu"}
+    inputs |= {"activation": ACTIVATIONS[case.settings.get("activation")]}
     torch.library.opcheck(operator, tuple(inputs.get(argument.name) for argument in operator._schema.arguments))
 
 
@@ -245,12 +263,16 @@ def test_gates_that_hardly_decay_let_little_in(backend):
 @pytest.mark.parametrize(
     ("case", "wrong", "message"),
     [
-        (skip(8, 4), {"weight": torch.ones(2, 3)}, r"x \(2, 8\), weight \(2, 3\) do not fit together"),
-        (skip(8, 4), {"weight": torch.ones(2)}, "do not fit together"),
-        (skip(8, 4), {"skip": torch.ones(2, 4)}, r"skip has shape \(2, 4\); expected \(2, 8\)"),
-        (skip(8, 4), {"gate": torch.ones(2, 4)}, r"gate has shape \(2, 4\); expected \(2, 8\)"),
-        (skip(8, 4), {"gate": torch.ones(2, 8).long()}, "gate is torch.int64"),
-        (skip(8, 4), {"activation": "relu"}, "activation='relu'; use silu or None"),
+        (output(8, 4), {"weight": torch.ones(2, 3)}, r"x \(2, 8\), weight \(2, 3\) do not fit together"),
+        (output(8, 4), {"weight": torch.ones(2)}, "do not fit together"),
+        (output(8, 4), {"weight": None}, "skip is given and weight is None; expected both or neither"),
+        (output(8, 4), {"skip": None}, "weight is given and skip is None; expected both or neither"),
+        (output(8, 4), {"skip": torch.ones(2, 4)}, r"skip has shape \(2, 4\); expected \(2, 8\)"),
+        (output(8, 4), {"gate": torch.ones(2, 4)}, r"gate has shape \(2, 4\); expected \(2, 8\)"),
+        (output(8, 4), {"gate": torch.ones(2, 8).long()}, "gate is torch.int64"),
+        (output(8), {"gate": None}, "gate and skip are None; expected at least one of them"),
+        (output(8), {"x": torch.ones(())}, r"x has shape \(\); expected \[..., channel\]"),
+        (output(8), {"activation": "relu"}, "activation='relu'; use silu, sigmoid, gelu or None"),
         (keys(4, 2), {"bonus": torch.ones(2, 3)}, r"k \(2, 8\), bonus \(2, 3\) do not fit together"),
         (keys(4, 2), {"bonus": torch.ones(8)}, "do not fit together"),
         (keys(4, 2), {"rate": torch.ones(2, 4)}, r"rate has shape \(2, 4\); expected \(2, 8\)"),
@@ -289,6 +311,6 @@ def test_refuses_a_backend_that_no_operator_has(case):
 @each_function
 def test_refuses_an_input_that_is_missing(case, unchecked):
     for missing in (*case.narrow, *case.wide):
-        if missing != "gate":
+        if missing not in ("gate", "skip", "weight"):
             with pytest.raises(ValueError, match=f"{case.function.__name__}: {missing} is None; expected a tensor"):
                 case.function(**case.example() | {missing: None}, **case.settings)

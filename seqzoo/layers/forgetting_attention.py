@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.attention import attention
 from seqzoo.kernels.backends import check_floats
+from seqzoo.kernels.gated_output import gated_output
 from seqzoo.mixer import Mixer, positions_from_starts
 from seqzoo.parts.key_value_memory import KeyValueBuffer, first_slots
 from seqzoo.parts.norm import GroupRMSNorm
@@ -142,7 +143,7 @@ class ForgettingAttention(Mixer):
         if self.norm is not None:
             y = self.norm(y, gate)
         elif gate is not None:
-            y = y * gate.sigmoid()
+            y = gated_output(y, gate, activation="sigmoid", backend=self.backend)
         return self.out(y), ForgettingAttentionState(memory, *last)
 
     def _lean_back(self, x: Tensor, share: Tensor, last: Tensor | None, starts: Tensor | None) -> Tensor:

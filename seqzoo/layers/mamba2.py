@@ -10,12 +10,12 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
+from seqzoo.kernels.gated_output import gated_output
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import SoftplusDecay
 from seqzoo.parts.heads import grouped_heads
@@ -127,7 +127,7 @@ class Mamba2(Mixer):
         if not per_head:
             y = y + self.skip.view(self.num_heads, -1).to(u.dtype) * u
         y = rearrange(y, "b t h p -> b t (h p)")
-        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        y = gated_output(y, z, activation="silu", backend=self.backend) if self.norm is None else self.norm(y, z)
         return self.out(y), Mamba2State(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
-from seqzoo.kernels.gated_skip import gated_skip
+from seqzoo.kernels.gated_output import gated_output
 from seqzoo.kernels.turned_keys import turned_keys
 from seqzoo.mixer import Mixer
 from seqzoo.parts.decay import draw_step_bias
@@ -146,7 +146,7 @@ class Mamba3(Mixer):
         memory = memory + (now[:, -1, :, None] * key)[..., None] * values[:, -1, :, None].to(wide)
         y = rearrange(y, "b t h p -> b t (h p)")
         gate = z if self.norm is None else None
-        y = gated_skip(y, u, now * own + self.skip.to(wide), gate, activation="silu", backend=self.backend)
+        y = gated_output(y, gate, u, now * own + self.skip.to(wide), activation="silu", backend=self.backend)
         y = y if self.norm is None else self.norm(y, z)
         return self.out(y), Mamba3State(memory, angle, key.to(u.dtype), values[:, -1].clone())
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from seqzoo.kernels.gated_output import gated_output
 from seqzoo.kernels.linear_scan import linear_scan
 from seqzoo.kernels.recurrence_gates import recurrence_gates
 from seqzoo.mixer import Mixer
@@ -109,7 +110,8 @@ class RGLRU(Mixer):
             backend=self.backend,
         )
         h, memory = linear_scan(decay, entering, state and state.memory, starts, backend=self.backend)
-        return self.out(h * F.gelu(gate, approximate="tanh")), RGLRUState(memory, conv)
+        y = gated_output(h, gate, activation="gelu", backend=self.backend)
+        return self.out(y), RGLRUState(memory, conv)
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         wide = torch.promote_types(dtype, torch.float32)

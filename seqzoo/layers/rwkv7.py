@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from seqzoo.kernels.dplr_delta_rule import dplr_delta_rule
 from seqzoo.kernels.erasing_keys import erasing_keys
-from seqzoo.kernels.gated_skip import gated_skip
+from seqzoo.kernels.gated_output import gated_output
 from seqzoo.mixer import Mixer
 from seqzoo.parts.depth import depth_ratios
 from seqzoo.parts.low_rank import LowRank
@@ -177,7 +177,7 @@ class RWKV7(Mixer):
             starts,
             backend=self.backend,
         )
-        y = gated_skip(self.norm(y.flatten(2)), v, own, self.gate_map(xg), backend=self.backend)
+        y = gated_output(self.norm(y.flatten(2)), self.gate_map(xg), v, own, backend=self.backend)
         return self.out(y), RWKV7State(memory, last)
 
     def share(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from seqzoo.kernels.gated_output import gated_output
 from seqzoo.mixer import Mixer, NoState
 
 
@@ -36,7 +36,7 @@ class SwiGLU(Mixer):
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], NoState]:
         gate, up = self.gate_up(x).chunk(2, -1)
-        return self.out(F.silu(gate) * up), NoState()
+        return self.out(gated_output(up, gate, activation="silu")), NoState()
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
         return 0

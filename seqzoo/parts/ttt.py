@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqzoo.kernels.fast_weights import FastWeightsState, fast_weights
+from seqzoo.kernels.gated_output import gated_output
 from seqzoo.mixer import Mixer, positions_from_starts
 from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import GroupLayerNorm
@@ -140,7 +140,7 @@ class SelfTrainedMixer(Mixer):
         build: makes of the width what remembers.
         use_gate: whether the normalised output is multiplied by ``gelu(W x)``.
         norm_eps: added to the variance in the norm.
-        backend: the norm's.
+        backend: the norm's and the gate's.
     """
 
     operators = ("fast_weights",)
@@ -149,6 +149,7 @@ class SelfTrainedMixer(Mixer):
         self, dim: int, build: Callable[[int], SelfTrainedHeads], *, use_gate: bool, norm_eps: float, backend: str
     ) -> None:
         super().__init__(dim)
+        self.backend = backend
         self.heads = heads = build(dim)
         self.norm = GroupLayerNorm(heads.width, eps=norm_eps, bias=True, backend=backend)
         self.gate = nn.Linear(dim, heads.width, bias=False) if use_gate else None
@@ -163,7 +164,7 @@ class SelfTrainedMixer(Mixer):
         y, last = self.heads(x, state, starts)
         y = self.norm(y)
         if self.gate is not None:
-            y = F.gelu(self.gate(x), approximate="tanh") * y
+            y = gated_output(y, self.gate(x), activation="gelu", backend=self.backend)
         return self.out(y), last
 
     def state_bytes(self, length: int, *, dtype: torch.dtype = torch.float32) -> int:
