@@ -68,9 +68,9 @@ def turned_keys(
     return inputs
 
 
-def recurrence_gates(batch=2, time=37, channels=8, begins=True, dtype=torch.float64, seed=0):
-    draw = Draw(dtype, seed)
-    inputs = {name: draw(batch, time, channels) for name in ("u", "recurrence", "input")}
+def recurrence_gates(batch=2, time=37, heads=1, size=8, begins=True, dtype=torch.float64, seed=0):
+    draw, channels = Draw(dtype, seed), heads * size
+    inputs = {"u": draw(batch, time, channels), "gates": draw(heads, batch, time, 2 * size)}
     inputs |= {"recurrence_bias": draw.wide(channels), "input_bias": draw.wide(channels)}
     inputs |= {"rate": draw.wide(channels).abs()}
     return inputs | ({"begins": torch.rand(batch, time, generator=draw.random) < 0.2} if begins else {})

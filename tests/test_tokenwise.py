@@ -29,7 +29,7 @@ class Case:
     Args:
         function: the function.
         written_out: the same outputs from the same inputs, in plain PyTorch.
-        narrow: widths of the inputs of each token.
+        narrow: widths of the inputs of each token, or shapes where tokens are not the first axes.
         wide: shapes of the inputs in float32 or better.
         settings: passed on to both.
         begins: whether there is a mark of tokens, ``begins``.
@@ -37,7 +37,7 @@ class Case:
 
     function: Callable[..., Any]
     written_out: Callable[..., Any]
-    narrow: dict[str, int]
+    narrow: dict[str, int | tuple[int, ...]]
     wide: dict[str, tuple[int, ...]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     begins: bool = False
@@ -49,10 +49,15 @@ class Case:
         def draw(*shape):
             return torch.randn(shape, generator=random, dtype=torch.float64).bfloat16().to(torch.float64)
 
-        inputs = {name: draw(*tokens, 2 * width)[..., width:].to(dtype) for name, width in self.narrow.items()}
+        def axes(shape):
+            return [size for axis in shape for size in (tokens if axis == TOKENS else (axis,))]
+
+        inputs = {}
+        for name, shape in self.narrow.items():
+            *first, width = axes((TOKENS, shape) if isinstance(shape, int) else shape)
+            inputs[name] = draw(*first, 2 * width)[..., width:].to(dtype)
         for name, shape in self.wide.items():
-            axes = [size for axis in shape for size in (tokens if axis == TOKENS else (axis,))]
-            inputs[name] = draw(*axes).to(torch.promote_types(dtype, torch.float32))
+            inputs[name] = draw(*axes(shape)).to(torch.promote_types(dtype, torch.float32))
         if "rate" in self.wide:
             inputs["rate"] = inputs["rate"].abs()
         if self.begins:
@@ -89,7 +94,8 @@ def features_written_out(x):
     return torch.cat([torch.ones_like(z[..., :1]), z, z**2 / 2**0.5, z[..., rows] * z[..., columns]], -1)
 
 
-def gates_written_out(u, recurrence, input, recurrence_bias, input_bias, rate, begins=None):
+def gates_written_out(u, gates, recurrence_bias, input_bias, rate, begins=None):
+    recurrence, input = (torch.cat(list(both), -1) for both in gates.chunk(2, -1))
     a = torch.exp(-rate * (recurrence + recurrence_bias).sigmoid())
     room = (1 - a**2).sqrt()
     if begins is not None:
@@ -110,9 +116,9 @@ def keys(heads, size):
     return Case(erasing_keys, keys_written_out, narrow, learned | {"bonus": (heads, size)})
 
 
-def gates(channels, begins=False):
+def gates(channels, blocks=1, begins=False):
     learned = dict.fromkeys(("recurrence_bias", "input_bias", "rate"), (channels,))
-    narrow = dict.fromkeys(("u", "recurrence", "input"), channels)
+    narrow = {"u": channels, "gates": (blocks, TOKENS, 2 * channels // blocks)}
     return Case(recurrence_gates, gates_written_out, narrow, learned, begins=begins)
 
 
@@ -133,7 +139,8 @@ CASES = {
     "taylor_features, 16": Case(taylor_features, features_written_out, {"x": 16}),
     "taylor_features, 19": Case(taylor_features, features_written_out, {"x": 19}),
     "recurrence_gates, 37": gates(37),
-    "recurrence_gates, 8, begins": gates(8, begins=True),
+    "recurrence_gates, 15 in blocks": gates(15, blocks=3),
+    "recurrence_gates, 32 in blocks, begins": gates(32, blocks=2, begins=True),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 # One of each function, the one that does the most.
@@ -254,9 +261,9 @@ def test_features_are_the_series_of_the_exponential(size):
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_gates_that_hardly_decay_let_little_in(backend):
     """1 - a^2 is exact where a rounds to 1."""
-    open_gate, rate = torch.full((1, 4), 30.0), torch.tensor([1e-12, 1e-9, 1e-6, 1e-3])
+    open_gates, rate = torch.full((1, 1, 8), 30.0), torch.tensor([1e-12, 1e-9, 1e-6, 1e-3])
     zero = torch.zeros(4)
-    _, entering = recurrence_gates(torch.ones(1, 4), open_gate, open_gate, zero, zero, rate, backend=backend)
+    _, entering = recurrence_gates(torch.ones(1, 4), open_gates, zero, zero, rate, backend=backend)
     torch.testing.assert_close(entering[0].double(), (-torch.expm1(-2 * rate.double())).sqrt(), rtol=1e-6, atol=0)
 
 
@@ -279,7 +286,9 @@ def test_gates_that_hardly_decay_let_little_in(backend):
         (keys(4, 2), {"key_rate": torch.ones(4)}, r"key_rate has shape \(4,\); expected \(8,\)"),
         (keys(4, 2), {"decay_bias": torch.ones(8).long()}, "decay_bias is torch.int64"),
         (gates(8), {"u": torch.ones(())}, r"u has shape \(\); expected \[..., channel\]"),
-        (gates(8), {"input": torch.ones(2, 4)}, r"input has shape \(2, 4\); expected \(2, 8\)"),
+        (gates(8), {"gates": torch.ones(2, 16)}, r"u \(2, 8\), gates \(2, 16\) do not fit together"),
+        (gates(8), {"gates": torch.ones(3, 2, 6)}, "do not fit together"),
+        (gates(8), {"gates": torch.ones(0, 2, 16)}, "do not fit together"),
         (gates(8), {"rate": torch.ones(4)}, r"rate has shape \(4,\); expected \(8,\)"),
         (gates(8), {"begins": torch.ones(3).bool()}, r"begins has shape \(3,\); expected \(2,\)"),
         (gates(8), {"input_bias": torch.ones(8).long()}, "input_bias is torch.int64"),

@@ -101,8 +101,7 @@ class RGLRU(Mixer):
             begins = first[None] if starts is None else starts | first
         decay, entering = recurrence_gates(
             u,
-            self.decay_gate(u),
-            self.input_gate(u),
+            self.decay_gate(u, self.input_gate),
             self.decay_bias,
             self.input_bias,
             rate,

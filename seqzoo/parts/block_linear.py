@@ -26,6 +26,14 @@ class BlockLinear(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
+    def forward(
+        self, x: Float[Tensor, "batch time dim"], *others: BlockLinear
+    ) -> Float[Tensor, "block batch time out"]:
+        """What each block becomes by this map, then by each of ``others``."""
+        weights: list[Tensor] = [self.weight, *(other.weight for other in others)]
         parts = rearrange(x, "b t (h i) -> h (b t) i", h=len(self.weight))
-        return rearrange(parts @ self.weight, "h (b t) o -> b t (h o)", t=x.shape[1])
+        if parts.shape[1] < parts.shape[2]:  # few tokens: their products are smaller than the weights
+            products = torch.cat([parts @ weight for weight in weights], -1)
+        else:
+            products = parts @ torch.cat(weights, -1)
+        return products.unflatten(1, x.shape[:2])

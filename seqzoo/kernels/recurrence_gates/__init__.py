@@ -1,6 +1,6 @@
 """The gates of a real-gated linear recurrent unit: how much stays of each channel, and how much enters.
 
-    r = sigmoid(recurrence + recurrence_bias),    i = sigmoid(input + input_bias),    a = e^{-rate r}
+    r = sigmoid(p + recurrence_bias),    i = sigmoid(q + input_bias),    a = e^{-rate r},    [p, q] = gates
     entering = sqrt(1 - a^2) i u,   or i u where a document begins
 
 (De et al. 2024, https://arxiv.org/abs/2402.19427.) The root keeps the memory's size what that of u is.
@@ -24,8 +24,7 @@ IMPLEMENTATIONS = {"reference": reference.recurrence_gates, "native": native.rec
 
 def recurrence_gates(
     u: Float[Tensor, "... channel"],
-    recurrence: Float[Tensor, "... channel"],
-    input: Float[Tensor, "... channel"],
+    gates: Float[Tensor, "block ... both"],
     recurrence_bias: Float[Tensor, " channel"],
     input_bias: Float[Tensor, " channel"],
     rate: Float[Tensor, " channel"],
@@ -37,10 +36,9 @@ def recurrence_gates(
 
     Args:
         u: what would enter through an open gate.
-        recurrence: what r is made from.
-        input: what i is made from.
-        recurrence_bias: added to ``recurrence``.
-        input_bias: added to ``input``.
+        gates: p and q side by side, of each of equal blocks of the channels, as products of blocks give them.
+        recurrence_bias: added to p.
+        input_bias: added to q.
         rate: the decay, in nats a token, of a channel whose r is 1; at or above 0.
         begins: where there is no memory to make room for; None is nowhere.
         backend: a layer's setting: ``native`` is the native kernel, ``auto`` the same where it can run, and all others
@@ -49,19 +47,21 @@ def recurrence_gates(
     Raises:
         ValueError: shapes or dtypes do not fit together, or ``backend`` cannot serve.
     """
-    per_token: dict[str, Any] = {"recurrence": recurrence, "input": input}
     learned: dict[str, Any] = {"recurrence_bias": recurrence_bias, "input_bias": input_bias, "rate": rate}
-    check_numbers("recurrence_gates", begins, u=u, **per_token, **learned)
+    check_numbers("recurrence_gates", begins, u=u, gates=gates, **learned)
     if u.ndim < 1:
         raise ValueError(f"recurrence_gates: u has shape {tuple(u.shape)}; expected [..., channel]")
-    for name, tensor in per_token.items():
-        check_shape("recurrence_gates", name, tensor, tuple(u.shape))
+    *tokens, channels = u.shape
+    blocks = len(gates) if gates.ndim else 0
+    if not blocks or channels % blocks or gates.shape != (blocks, *tokens, 2 * channels // blocks):
+        raise ValueError(
+            f"recurrence_gates: u {tuple(u.shape)}, gates {tuple(gates.shape)} do not fit together; expected "
+            "[..., channel] and [block, ..., 2 channel / block] with channel a multiple of block"
+        )
     for name, tensor in learned.items():
         check_shape("recurrence_gates", name, tensor, (u.shape[-1],))
     check_shape("recurrence_gates", "begins", begins, tuple(u.shape[:-1]))
-    dtype = u.dtype
-    for tensor in per_token.values():
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = torch.promote_types(u.dtype, gates.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    inputs = [*(z.to(dtype) for z in (u, recurrence, input)), *(z.to(wide) for z in learned.values()), begins]
+    inputs = [u.to(dtype), gates.to(dtype), *(z.to(wide) for z in learned.values()), begins]
     return dispatch_elementwise("recurrence_gates", IMPLEMENTATIONS, backend, u, *inputs)

@@ -14,29 +14,29 @@ _backward = Function("recurrence_gates_backward")
 SMALL = 1 << 13
 
 
-def recurrence_gates(u, recurrence, input, recurrence_bias, input_bias, rate, begins):
+def recurrence_gates(u, gates, recurrence_bias, input_bias, rate, begins):
     dtype = u.dtype
     if dtype == torch.float16:
-        u, recurrence, input = u.float(), recurrence.float(), input.float()
-    decay, entering = FORWARD(u, recurrence, input, recurrence_bias, input_bias, rate, begins)
+        u, gates = u.float(), gates.float()
+    decay, entering = FORWARD(u, gates, recurrence_bias, input_bias, rate, begins)
     return decay, entering.to(dtype)
 
 
-def _settings(u):
+def _settings(u, gates):
     """What both functions take first: threads, dtype, sizes and the constant."""
     threads = torch.get_num_threads() if u.numel() > SMALL else 1
-    return threads, DTYPES[u.dtype], u.numel() // u.shape[-1], u.shape[-1], TINY
+    return threads, DTYPES[u.dtype], u.numel() // u.shape[-1], len(gates), gates.shape[-1] // 2, TINY
 
 
 def _run(*inputs):
     outputs = _fake(*inputs)
     fresh(*outputs)
     if inputs[0].numel():
-        _forward(*_settings(inputs[0]), *dense(*inputs), *outputs)
+        _forward(*_settings(*inputs[:2]), *dense(*inputs), *outputs)
     return outputs
 
 
-def _fake(u, recurrence, input, recurrence_bias, input_bias, rate, begins):
+def _fake(u, gates, recurrence_bias, input_bias, rate, begins):
     return rate.new_empty(u.shape), u.new_empty(u.shape)
 
 
@@ -45,11 +45,11 @@ def _run_backward(decay_grad, entering_grad, *inputs):
     fresh(*gradients)
     if not inputs[0].numel():
         return [z.zero_() for z in gradients]
-    _backward(*_settings(inputs[0]), *dense(decay_grad, entering_grad, *inputs), *gradients)
+    _backward(*_settings(*inputs[:2]), *dense(decay_grad, entering_grad, *inputs), *gradients)
     return gradients
 
 
-_INPUTS = "u, recurrence, input, recurrence_bias, input_bias, rate"
+_INPUTS = "u, gates, recurrence_bias, input_bias, rate"
 FORWARD = define(
     f"recurrence_gates_native({', '.join('Tensor ' + name for name in _INPUTS.split(', '))}, Tensor? begins)"
     " -> (Tensor decay, Tensor entering)",
