@@ -50,6 +50,8 @@ SEQZOO_EXPORT void check_function(int64_t dtype, int64_t which, int64_t count, c
         if (which == 5) map([](auto v) { return sigmoid(v); });
         if (which == 6) map([](auto v) { return silu(v); });
         if (which == 7) map([](auto v) { return tanh(v); });
+        if (which == 8) map([](auto v) { return exponentials_below_zero(v).whole; });
+        if (which == 9) map([](auto v) { return exponentials_below_zero(v).less_one; });
     });
 }
 

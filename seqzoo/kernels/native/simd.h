@@ -312,6 +312,20 @@ SEQZOO_INLINE Vec<float> exp_tail(Vec<float> r) {
 
 // 2^n for whole -126 <= n <= 127.
 SEQZOO_INLINE Vec<float> power_of_two(Ints n) { return bit_cast<Vec<float>>((n + 127) << 23); }
+
+// e^x = 2^n (1 + rest) for |x| < 150.
+struct Reduced {
+    Vec<float> n, rest;
+    Ints whole;  // n
+};
+
+SEQZOO_INLINE Reduced reduce(Vec<float> x) {
+    using V = Vec<float>;
+    V shifted = fma(x, broadcast<V>(LOG2_E), broadcast<V>(ROUNDER));
+    V n = shifted - ROUNDER;
+    V r = fma(n, broadcast<V>(-LN2_LOW), fma(n, broadcast<V>(-LN2_HIGH), x));
+    return {n, fma(exp_tail(r), r * r, r), bit_cast<Ints>(shifted) - bit_cast<Ints>(broadcast<V>(ROUNDER))};
+}
 }  // namespace detail
 
 // 0 below the smallest float, inf above the largest, NaN for NaN.
@@ -324,15 +338,12 @@ SEQZOO_INLINE V exp(V x) {
         V high = broadcast<V>(129.0f / LOG2_E), low = broadcast<V>(-151.0f / LOG2_E);
         x = x > high ? high : x;
         x = x < low ? low : x;
-        V shifted = fma(x, broadcast<V>(LOG2_E), broadcast<V>(ROUNDER));
-        V n = shifted - ROUNDER;
-        V r = fma(n, broadcast<V>(-LN2_LOW), fma(n, broadcast<V>(-LN2_HIGH), x));
-        V y = fma(exp_tail(r), r * r, r) + 1.0f;
+        auto [n, rest, whole] = reduce(x);
+        V y = rest + 1.0f;
 #ifdef __AVX512F__
         return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(y), bit_cast<__m512>(n)));
 #else
         // Two factors, because 2^n alone may pass the ends of the range where the result does not.
-        Ints whole = bit_cast<Ints>(shifted) - bit_cast<Ints>(broadcast<V>(ROUNDER));
         Ints half = whole >> 1;
         return y * power_of_two(half) * power_of_two(whole - half);
 #endif
@@ -349,14 +360,30 @@ SEQZOO_INLINE V expm1(V x) {
         V high = broadcast<V>(88.8f), low = broadcast<V>(-30.0f);
         V clamped = x > high ? high : x;
         clamped = clamped < low ? low : clamped;
-        V shifted = fma(clamped, broadcast<V>(LOG2_E), broadcast<V>(ROUNDER));
-        V n = shifted - ROUNDER;
-        V r = fma(n, broadcast<V>(-LN2_LOW), fma(n, broadcast<V>(-LN2_HIGH), clamped));
-        V y = fma(exp_tail(r), r * r, r);
+        auto [n, rest, whole] = reduce(clamped);
         // Half of 2^n, for 2^128 is no float.
-        V half = power_of_two(bit_cast<Ints>(shifted) - bit_cast<Ints>(broadcast<V>(ROUNDER)) - 1);
-        V result = 2.0f * fma(half, y, half - 0.5f);
+        V half = power_of_two(whole - 1);
+        V result = 2.0f * fma(half, rest, half - 0.5f);
         return x == 0 ? x : result;
+    }
+}
+
+// e^x and e^x - 1, as exact as exp and expm1 have them, at the cost of one.
+template <class V>
+struct Exponentials {
+    V whole, less_one;
+};
+
+// Of x <= 0; e^x is 0 below the normal numbers.
+template <class V>
+SEQZOO_INLINE Exponentials<V> exponentials_below_zero(V x) {
+    if constexpr (std::is_same_v<Lane<V>, double>) {
+        return {exp(x), expm1(x)};
+    } else {
+        V low = broadcast<V>(-126.0f / detail::LOG2_E);
+        auto [n, rest, whole] = detail::reduce(x < low ? low : x);
+        V power = detail::power_of_two(whole);
+        return {x < low ? V{} : fma(power, rest, power), fma(power, rest, power - 1.0f)};
     }
 }
 

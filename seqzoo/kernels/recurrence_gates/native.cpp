@@ -57,9 +57,10 @@ SEQZOO_INLINE Open<Vec<Wide<T>>> open(const Gates<T>& in, bool begin, const Plac
     const int64_t c = at.c;
     V r = sigmoid(load(in.gates + at.gate) + load(in.recurrence_bias + c));
     V i = sigmoid(load(in.gates + at.gate + in.size) + load(in.input_bias + c));
-    V log_decay = -load(in.rate + c) * r;
-    V m = begin ? broadcast<V>(1) : sqrt(in.tiny - expm1(2 * log_decay));
-    return {r, i, exp(log_decay), m};
+    // With d = a - 1, exact where a is close to 1: 1 - a^2 = -d (2 + d).
+    auto [a, d] = exponentials_below_zero(-load(in.rate + c) * r);
+    V m = begin ? broadcast<V>(1) : sqrt(in.tiny - d * (d + 2));
+    return {r, i, a, m};
 }
 
 template <class T>
