@@ -80,6 +80,16 @@ def taylor_features(batch=2, time=37, dim=8, dtype=torch.float64, seed=0):
     return {"x": Draw(dtype, seed)(batch, time, dim)}
 
 
+def split_short_conv(
+    batch=2, time=37, first=8, second=3, third=1, size=4, bias=True, activation=None, dtype=torch.float64, seed=0
+):
+    draw, widths = Draw(dtype, seed), [width for width in (first, second, third) if width]
+    channels = sum(widths)
+    inputs = {"x": draw(batch, time, channels), "widths": widths, "weight": draw(channels, size)}
+    inputs |= {"bias": draw(channels)} if bias else {}
+    return inputs | {"state": draw(batch, size - 1, channels), "activation": activation}
+
+
 class Other(NamedTuple):
     """As an operator's reference has them."""
 
@@ -108,4 +118,5 @@ OTHERS = {
     "turned_keys": Other(turned_keys, {"alone": {"goes_on": False}, "going on": {}}),
     "recurrence_gates": Other(recurrence_gates, {"alone": {"begins": False}, "begins": {}}),
     "taylor_features": Other(taylor_features, {"all": {}}),
+    "split_short_conv": Other(split_short_conv, {"no bias": {"bias": False}, "silu": {"activation": "silu"}}),
 }

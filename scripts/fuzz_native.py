@@ -32,7 +32,9 @@ from seqzoo.kernels.native import build
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 KERNELS = Path(native.__file__).parent.parent
-NATIVE = sorted(source.parent.name for source in KERNELS.glob("*/native.cpp") if source.parent.name != "native")
+HOMES = {"split_short_conv": "short_conv"}  # of functions that have no folder of their own
+FOLDERS = {source.parent.name for source in KERNELS.glob("*/native.cpp")} - {"native"}
+NATIVE = sorted(FOLDERS | HOMES.keys())
 SIZES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 24, 31, 32, 33, 48, 65]
 # From a key of one number mLSTM's normalizer takes all of the query, and keys of length one all of it: the gradient is
 # rounding. A norm of two numbers is a sign: what learns through it answers to the last place of its inputs.
@@ -50,12 +52,12 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def equation(operator: str) -> Any:
     """What has the operator's ``example`` and ``VARIANTS``."""
-    known = importlib.import_module(f"seqzoo.kernels.{operator}.reference")
-    return known if hasattr(known, "example") else fuzz_examples.OTHERS[operator]
+    other = fuzz_examples.OTHERS.get(operator)
+    return importlib.import_module(f"seqzoo.kernels.{operator}.reference") if other is None else other
 
 
 def function(operator: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"seqzoo.kernels.{operator}"), operator)
+    return getattr(importlib.import_module(f"seqzoo.kernels.{HOMES.get(operator, operator)}"), operator)
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:

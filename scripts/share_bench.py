@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import statistics
 import sys
@@ -43,9 +44,10 @@ def marked(layer: Mixer) -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for name in layer.operators:
             kind = "convolution" if name == "short_conv" else "operator"
-            for place, home in list(sys.modules.items()):  # the layer's file, or a part that calls it for the layer
-                if place.startswith(("seqzoo.layers.", "seqzoo.parts.")) and callable(getattr(home, name, None)):
-                    patches.enter_context(patch.object(home, name, under(kind, getattr(home, name))))
+            # The layer's file, or a part that calls it for the layer, in one form or the other.
+            for (place, home), form in itertools.product(list(sys.modules.items()), (name, f"split_{name}")):
+                if place.startswith(("seqzoo.layers.", "seqzoo.parts.")) and callable(getattr(home, form, None)):
+                    patches.enter_context(patch.object(home, form, under(kind, getattr(home, form))))
         yield
 
 

@@ -18,7 +18,7 @@ from seqzoo.kernels.backends import check_shape
 from seqzoo.kernels.long_conv import long_conv
 from seqzoo.mixer import Mixer, reset_parameters
 from seqzoo.parts.settings import check_positive
-from seqzoo.parts.short_conv import CausalConv
+from seqzoo.parts.short_conv import SplitCausalConv
 
 
 class HyenaState(NamedTuple):
@@ -126,7 +126,7 @@ class Hyena(Mixer):
         check_positive("filter_frequency", filter_frequency)
         self.dim, self.order, self.backend = dim, order, backend
         self.projection = nn.Linear(dim, (order + 1) * dim)
-        self.conv = CausalConv((order + 1) * dim, conv_size, bias=True, backend=backend)
+        self.conv = SplitCausalConv([dim] * (order + 1), conv_size, bias=True, backend=backend)
         self.filter = ImplicitFilter(
             (order - 1) * dim, max_length, width=filter_width, features=filter_features, frequency=filter_frequency
         )
@@ -138,8 +138,7 @@ class Hyena(Mixer):
         state: HyenaState | None = None,
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], HyenaState]:
-        mixed, conv = self.conv(self.projection(x), state and state.conv, starts)
-        outer, *gates, v = mixed.split(self.dim, -1)
+        (outer, *gates, v), conv = self.conv(self.projection(x), state and state.conv, starts)
         kernels, pasts = self.filter().split(self.dim), [None] * len(gates)
         if state is not None:
             kept = (len(x), self.filter.length - 1, len(gates) * self.dim)

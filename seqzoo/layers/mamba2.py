@@ -21,7 +21,7 @@ from seqzoo.parts.decay import SoftplusDecay
 from seqzoo.parts.heads import grouped_heads
 from seqzoo.parts.norm import GroupRMSNorm
 from seqzoo.parts.settings import check_positive
-from seqzoo.parts.short_conv import CausalConv
+from seqzoo.parts.short_conv import SplitCausalConv
 
 Norm = Literal["after_gate", "before_gate", "none"]
 
@@ -86,7 +86,7 @@ class Mamba2(Mixer):
         self.backend = backend
         self.widths = [inner, num_groups * state_size, num_groups * state_size]
         self.projection = nn.Linear(dim, inner + sum(self.widths) + num_heads, bias=False)
-        self.conv = CausalConv(sum(self.widths), conv_size, bias=True, activation="silu", backend=backend)
+        self.conv = SplitCausalConv(self.widths, conv_size, bias=True, activation="silu", backend=backend)
         self.decay = SoftplusDecay(num_heads, rate_range=(1.0, 16.0), step_limit=step_limit)
         self.skip = nn.Parameter(torch.empty(inner if skip_per_channel else num_heads))
         self.norm = None
@@ -107,8 +107,7 @@ class Mamba2(Mixer):
         starts: Bool[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time dim"], Mamba2State]:
         z, xbc, step = self.projection(x).split([self.widths[0], sum(self.widths), self.num_heads], -1)
-        xbc, conv = self.conv(xbc, state and state.conv, starts)
-        u, b, c = xbc.split(self.widths, -1)
+        (u, b, c), conv = self.conv(xbc, state and state.conv, starts)
         u = rearrange(u, "b t (h p) -> b t h p", h=self.num_heads)
         b, c = (rearrange(w, "b t (g n) -> b t g n", g=self.num_groups) for w in (b, c))
         step, log_decay = self.decay(step)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from seqzoo.kernels.backends import check_shape
 from seqzoo.parts.heads import head_size
 from seqzoo.parts.norm import l2_normalize
-from seqzoo.parts.short_conv import CausalConv
+from seqzoo.parts.short_conv import SplitCausalConv
 
 
 class DeltaRuleState(NamedTuple):
@@ -73,7 +73,7 @@ class QueryKeyValue(nn.Module):
         if conv_size is None:
             self.conv = None
         else:
-            self.conv = CausalConv(sum(self.widths), conv_size, activation="silu", backend=backend)
+            self.conv = SplitCausalConv(self.widths, conv_size, activation="silu", backend=backend)
 
     def forward(
         self,
@@ -90,8 +90,9 @@ class QueryKeyValue(nn.Module):
         mixed = self.projection(x)
         if self.conv is None:
             check_shape("conv_size=None", "state.conv", state, (len(x), 0, mixed.shape[2]))
-        mixed, last = (F.silu(mixed), mixed[:, :0].clone()) if self.conv is None else self.conv(mixed, state, starts)
-        q, k, v = mixed.split(self.widths, -1)
+            (q, k, v), last = F.silu(mixed).split(self.widths, -1), mixed[:, :0].clone()
+        else:
+            (q, k, v), last = self.conv(mixed, state, starts)
         steps = () if self.steps is None else (self.steps,)
         q, k = q.unflatten(-1, (-1, self.key_dim)), k.unflatten(-1, (*steps, -1, self.key_dim))
         v = v.unflatten(-1, (*steps, -1, self.value_dim))

@@ -25,6 +25,7 @@ size 0 have a null pointer: return early in Python. float16 is cast to float32 a
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,17 +89,23 @@ def rows_of(x: Tensor, width: int = 1) -> Tensor:
 
 
 def dense_rows(*tensors: Tensor) -> list[Any]:
-    """Of each tensor its first row ``[1, 1, ...]``, which has its address, and the strides of its first two axes.
+    """Of each tensor a dense one that has its address, and the strides of its first two axes.
 
     For C++ that takes these, as a slice of a buffer that grows or of a projection's output has them: copied is only
     what is not dense within a row.
     """
     found = []
     for x in tensors:
-        if not x[:1, :1].is_contiguous():
-            x = x.contiguous()
-        found += [x[:1, :1], *x.stride()[:2]]
+        start = x if x.is_contiguous() else x[:1, :1]
+        if not start.is_contiguous():
+            start = x = x.contiguous()
+        found += [start, *x.stride()[:2]]
     return found
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """A list of contiguous tensors for C++: an array of pointers, which lives as long as what is returned."""
+    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
 _PREFER_LARGE_PAGES = Function("native_prefer_large_pages")

@@ -16,9 +16,35 @@ namespace {
 constexpr int ROWS = 4;
 constexpr int64_t PIECE = 64, CHANNELS = 256, TASK = 256;
 
+// Channels of one task, and where they lie in the outputs or their gradients: in one tensor of [token][stride].
+template <class T>
+struct Strip {
+    T* y;
+    int64_t stride, channel, width;
+};
+
+// Those of `y`, a dense tensor of all channels; or, where there are widths, of `parts` such tensors, to whose addresses it
+// points, of the first widths[0] channels, the next widths[1] and so on.
+template <class T, class Y>
+std::vector<Strip<T>> strips_of(Y* y, const int64_t* widths, int64_t parts, int64_t channels) {
+    std::vector<Strip<T>> strips;
+    strips.reserve(channels / CHANNELS + parts);
+    for (int64_t part = 0, first = 0; part < parts; part++) {
+        T* to = static_cast<T*>(widths ? static_cast<Y* const*>(y)[part] : y);
+        const int64_t width = widths ? widths[part] : channels;
+        for (int64_t c = 0; c < width; c += CHANNELS) {
+            strips.push_back({to + c, width, first + c, std::min(CHANNELS, width - c)});
+        }
+        first += width;
+    }
+    return strips;
+}
+
 template <class T>
 struct Conv {
-    const T *x, *state;
+    const T* x;
+    int64_t x_batch, x_time;  // strides
+    const T* state;
     const bool* starts;
     const Wide<T>*weight, *bias;  // [size][channels], the current token's tap first; [channels]
     int64_t batch, time, channels, size;
@@ -26,7 +52,7 @@ struct Conv {
 
     // Token t of a sequence; before 0 they are in the state.
     const T* row(int64_t b, int64_t t) const {
-        return t >= 0 ? x + (b * time + t) * channels : state + (b * (size - 1) + size - 1 + t) * channels;
+        return t >= 0 ? x + b * x_batch + t * x_time : state + (b * (size - 1) + size - 1 + t) * channels;
     }
 
     // How many taps of each of the tokens t0 .. t1 - 1 see their document.
@@ -70,11 +96,11 @@ SEQZOO_INLINE bool all_full(const int64_t* taps, int64_t size) {
 template <int SIZE, class T, class Body>
 SEQZOO_INLINE void full_rows(const Conv<T>& conv, int64_t b, int64_t t, int64_t c, int64_t width, Body body) {
     using V = Vec<Wide<T>>;
-    const T* x = conv.x + (b * conv.time + t - (SIZE - 1)) * conv.channels + c;
+    const T* x = conv.row(b, t - (SIZE - 1)) + c;
     for_each_vector<T>(width, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
         V seen[ROWS + SIZE - 1], z[ROWS];
         SEQZOO_UNROLL
-        for (int n = 0; n < ROWS + SIZE - 1; n++) seen[n] = load(x + n * conv.channels + i);
+        for (int n = 0; n < ROWS + SIZE - 1; n++) seen[n] = load(x + n * conv.x_time + i);
         V bias = conv.bias ? load(conv.bias + c + i) : V{};
         SEQZOO_UNROLL
         for (int n = 0; n < ROWS; n++) z[n] = bias;
@@ -93,34 +119,38 @@ template <class T, class Body>
 SEQZOO_INLINE void one_row(const Conv<T>& conv, int64_t b, int64_t t, int64_t taps, int64_t c, int64_t width,
                            Body body) {
     using V = Vec<Wide<T>>;
+    const int64_t inside = std::min(taps, t + 1), channels = conv.channels, step = conv.x_time;
+    const T *x = conv.row(b, t) + c, *before = taps > inside ? conv.row(b, -1) + c : nullptr;
+    const Wide<T>*weight = conv.weight + c, *bias = conv.bias ? conv.bias + c : nullptr;
     for_each_vector<T>(width, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
-        V z = conv.bias ? load(conv.bias + c + i) : V{};
-        for (int64_t j = 0; j < taps; j++) {
-            z = fma(load(conv.weight + j * conv.channels + c + i), load(conv.row(b, t - j) + c + i), z);
+        V z = bias ? load(bias + i) : V{};
+        for (int64_t j = 0; j < inside; j++) z = fma(load(weight + j * channels + i), load(x - j * step + i), z);
+        for (int64_t j = inside; j < taps; j++) {
+            z = fma(load(weight + j * channels + i), load(before - (j - inside) * channels + i), z);
         }
         body(i, z, load, store);
     });
 }
 
 template <int SIZE, class T>
-void forward(const Conv<T>& conv, T* y, T* last, int64_t threads) {
+void forward(const Conv<T>& conv, const std::vector<Strip<T>>& strips, T* last, int64_t threads) {
     using V = Vec<Wide<T>>;
-    const int64_t blocks = (conv.time + PIECE - 1) / PIECE, parts = (conv.channels + CHANNELS - 1) / CHANNELS;
-    const int64_t history = conv.size - 1;
+    const int64_t blocks = (conv.time + PIECE - 1) / PIECE, count = int64_t(strips.size()), history = conv.size - 1;
     auto activate = [&](V z) __attribute__((always_inline)) { return conv.silu ? silu(z) : z; };
-    parallel_for(int(threads), conv.batch * blocks * parts, [&](int64_t index) {
-        const int64_t b = index / (blocks * parts), t0 = index / parts % blocks * PIECE;
-        const int64_t c = index % parts * CHANNELS, width = std::min(CHANNELS, conv.channels - c);
+    parallel_for(int(threads), conv.batch * blocks * count, [&](int64_t index) {
+        const int64_t b = index / (blocks * count), t0 = index / count % blocks * PIECE;
+        const Strip<T>& strip = strips[index % count];
+        const int64_t c = strip.channel, width = strip.width, stride = strip.stride;
         const int64_t t1 = std::min(conv.time, t0 + PIECE);
         int64_t taps[PIECE];
         conv.look_back(b, t0, t1, taps);
         for (int64_t t = t0; t < t1;) {
-            T* to = y + (b * conv.time + t) * conv.channels + c;
+            T* to = strip.y + (b * conv.time + t) * stride;
             if constexpr (SIZE > 0) {
                 if (t >= SIZE - 1 && t + ROWS <= t1 && all_full(taps + t - t0, SIZE)) {
                     auto write = [&](int64_t i, auto&, auto& z, auto, auto store) __attribute__((always_inline)) {
                         SEQZOO_UNROLL
-                        for (int n = 0; n < ROWS; n++) store(to + n * conv.channels + i, activate(z[n]));
+                        for (int n = 0; n < ROWS; n++) store(to + n * stride + i, activate(z[n]));
                     };
                     full_rows<SIZE>(conv, b, t, c, width, write);
                     t += ROWS;
@@ -148,16 +178,17 @@ void forward(const Conv<T>& conv, T* y, T* last, int64_t threads) {
 
 template <class T>
 struct Gradients {
-    const T *y, *last;
+    const T* last;
     T *x, *state;
     Wide<T>* sums;  // [task][size + 1][channels]: of the taps, the current token's first, then of the bias
 };
 
-// Gradients from tokens t0 .. t1 - 1 and of them (of the state too where t0 is 0), channels c .. c + width - 1.
+// Gradients from tokens t0 .. t1 - 1 and of them (of the state too where t0 is 0), all in the channels of `strip`.
 template <int SIZE, class T>
-void backward_piece(const Conv<T>& conv, const Gradients<T>& grad, Wide<T>* sums, int64_t b, int64_t t0, int64_t t1,
-                    int64_t c, int64_t width) {
+void backward_piece(const Conv<T>& conv, const Gradients<T>& grad, const Strip<const T>& strip, Wide<T>* sums,
+                    int64_t b, int64_t t0, int64_t t1) {
     using V = Vec<Wide<T>>;
+    const int64_t c = strip.channel, width = strip.width;
     const int64_t history = conv.size - 1, stride = conv.channels, end = std::min(conv.time, t1 + history);
     Wide<T>* f = workspace<0, Wide<T>>((PIECE + history) * CHANNELS);
     int64_t* taps = workspace<1, int64_t>(PIECE + 2 * history);
@@ -173,7 +204,7 @@ void backward_piece(const Conv<T>& conv, const Gradients<T>& grad, Wide<T>* sums
 
     conv.look_back(b, t0, end, taps);
     for (int64_t t = t0; t < end;) {
-        const T* y_grad = grad.y + (b * conv.time + t) * stride + c;
+        const T* y_grad = strip.y + (b * conv.time + t) * strip.stride;
         Wide<T>* to = f + (t - t0) * CHANNELS;
         if constexpr (SIZE > 0) {
             if (t >= SIZE - 1 && t + ROWS <= t1 && all_full(taps + t - t0, SIZE)) {
@@ -182,7 +213,7 @@ void backward_piece(const Conv<T>& conv, const Gradients<T>& grad, Wide<T>* sums
                     V total{};
                     SEQZOO_UNROLL
                     for (int n = 0; n < ROWS; n++) {
-                        z[n] = differentiate(z[n], load(y_grad + n * stride + i));
+                        z[n] = differentiate(z[n], load(y_grad + n * strip.stride + i));
                         store(to + n * CHANNELS + i, z[n]);
                         total += z[n];
                     }
@@ -252,16 +283,19 @@ void backward_piece(const Conv<T>& conv, const Gradients<T>& grad, Wide<T>* sums
 }
 
 template <int SIZE, class T>
-void backward(const Conv<T>& conv, const Gradients<T>& grad, int64_t threads) {
-    const int64_t blocks = (conv.time + TASK - 1) / TASK, parts = (conv.channels + CHANNELS - 1) / CHANNELS;
-    parallel_for(int(threads), conv.batch * blocks * parts, [&](int64_t index) {
-        const int64_t task = index / parts, b = task / blocks, t0 = task % blocks * TASK;
-        const int64_t c = index % parts * CHANNELS, width = std::min(CHANNELS, conv.channels - c);
+void backward(const Conv<T>& conv, const Gradients<T>& grad, const std::vector<Strip<const T>>& strips,
+              int64_t threads) {
+    const int64_t blocks = (conv.time + TASK - 1) / TASK, count = int64_t(strips.size());
+    parallel_for(int(threads), conv.batch * blocks * count, [&](int64_t index) {
+        const int64_t task = index / count, b = task / blocks, t0 = task % blocks * TASK;
+        const Strip<const T>& strip = strips[index % count];
         Wide<T>* sums = grad.sums + task * (conv.size + 1) * conv.channels;
-        for (int64_t n = 0; n <= conv.size; n++) std::fill_n(sums + n * conv.channels + c, width, Wide<T>(0));
+        for (int64_t n = 0; n <= conv.size; n++) {
+            std::fill_n(sums + n * conv.channels + strip.channel, strip.width, Wide<T>(0));
+        }
         const int64_t t1 = std::min(conv.time, t0 + TASK);
         for (int64_t t = t0; t < t1; t += PIECE) {
-            backward_piece<SIZE>(conv, grad, sums, b, t, std::min(t1, t + PIECE), c, width);
+            backward_piece<SIZE>(conv, grad, strip, sums, b, t, std::min(t1, t + PIECE));
         }
     });
 }
@@ -272,9 +306,12 @@ const W* packed(int64_t dtype, const void* weight, int64_t channels, int64_t siz
     W* to = workspace<2, W>(channels * size);
     with_dtype(int(dtype), [&](auto kind) {
         auto* from = static_cast<const decltype(kind)*>(weight);
-        for (int64_t c = 0; c < channels; c++) {
-            for (int64_t j = 0; j < size; j++) to[j * channels + c] = W(widen(from[c * size + size - 1 - j]));
-        }
+        with_size(size, [&](auto known) {
+            const int64_t taps = known.value ? known.value : size;
+            for (int64_t j = 0; j < taps; j++) {
+                for (int64_t c = 0; c < channels; c++) to[j * channels + c] = W(widen(from[c * taps + taps - 1 - j]));
+            }
+        });
     });
     return to;
 }
@@ -305,10 +342,12 @@ void total(const W* from, int64_t tasks, int64_t step, int64_t channels, int64_t
 }
 
 template <class T>
-Conv<T> make(int64_t weight_dtype, int64_t bias_dtype, const void* x, const void* weight, const void* bias,
-             const void* state, const bool* starts, int64_t batch, int64_t time, int64_t channels, int64_t size,
-             int64_t silu) {
+Conv<T> make(int64_t weight_dtype, int64_t bias_dtype, const void* x, int64_t x_batch, int64_t x_time,
+             const void* weight, const void* bias, const void* state, const bool* starts, int64_t batch, int64_t time,
+             int64_t channels, int64_t size, int64_t silu) {
     return {static_cast<const T*>(x),
+            x_batch,
+            x_time,
             static_cast<const T*>(state),
             starts,
             packed<Wide<T>>(weight_dtype, weight, channels, size),
@@ -322,35 +361,37 @@ Conv<T> make(int64_t weight_dtype, int64_t bias_dtype, const void* x, const void
 
 }  // namespace
 
+// x has strides between sequences and tokens, and dense rows. Of y and its gradient strips_of says how they may be cut.
 SEQZOO_EXPORT void short_conv_forward(int64_t threads, int64_t dtype, int64_t weight_dtype, int64_t bias_dtype,
-                                      const void* x, const void* weight, const void* bias, const void* state,
-                                      const bool* starts, void* y, void* last, int64_t batch, int64_t time,
+                                      const void* x, int64_t x_batch, int64_t x_time, const void* weight,
+                                      const void* bias, const void* state, const bool* starts, void* y,
+                                      const int64_t* widths, int64_t parts, void* last, int64_t batch, int64_t time,
                                       int64_t channels, int64_t size, int64_t silu) {
     with_dtype(int(dtype), [&](auto kind) {
         using T = decltype(kind);
-        auto conv =
-            make<T>(weight_dtype, bias_dtype, x, weight, bias, state, starts, batch, time, channels, size, silu);
-        with_size(size, [&](auto taps) {
-            forward<taps.value>(conv, static_cast<T*>(y), static_cast<T*>(last), threads);
-        });
+        auto conv = make<T>(weight_dtype, bias_dtype, x, x_batch, x_time, weight, bias, state, starts, batch, time,
+                            channels, size, silu);
+        const auto strips = strips_of<T>(y, widths, parts, channels);
+        with_size(size, [&](auto taps) { forward<taps.value>(conv, strips, static_cast<T*>(last), threads); });
     });
 }
 
 // The gradients of state and bias may be null where these are.
 SEQZOO_EXPORT void short_conv_backward(int64_t threads, int64_t dtype, int64_t weight_dtype, int64_t bias_dtype,
-                                       const void* y_grad, const void* last_grad, const void* x, const void* weight,
-                                       const void* bias, const void* state, const bool* starts, void* x_grad,
-                                       void* weight_grad, void* bias_grad, void* state_grad, int64_t batch,
-                                       int64_t time, int64_t channels, int64_t size, int64_t silu) {
+                                       const void* y_grad, const int64_t* widths, int64_t parts,
+                                       const void* last_grad, const void* x, int64_t x_batch, int64_t x_time,
+                                       const void* weight, const void* bias, const void* state, const bool* starts,
+                                       void* x_grad, void* weight_grad, void* bias_grad, void* state_grad,
+                                       int64_t batch, int64_t time, int64_t channels, int64_t size, int64_t silu) {
     with_dtype(int(dtype), [&](auto kind) {
         using T = decltype(kind);
-        auto conv =
-            make<T>(weight_dtype, bias_dtype, x, weight, bias, state, starts, batch, time, channels, size, silu);
+        auto conv = make<T>(weight_dtype, bias_dtype, x, x_batch, x_time, weight, bias, state, starts, batch, time,
+                            channels, size, silu);
+        const auto strips = strips_of<const T>(y_grad, widths, parts, channels);
         const int64_t tasks = batch * ((time + TASK - 1) / TASK), step = (size + 1) * channels;
         Wide<T>* sums = workspace<4, Wide<T>>(tasks * step);
-        Gradients<T> grad{static_cast<const T*>(y_grad), static_cast<const T*>(last_grad), static_cast<T*>(x_grad),
-                          static_cast<T*>(state_grad), sums};
-        with_size(size, [&](auto taps) { backward<taps.value>(conv, grad, threads); });
+        Gradients<T> grad{static_cast<const T*>(last_grad), static_cast<T*>(x_grad), static_cast<T*>(state_grad), sums};
+        with_size(size, [&](auto taps) { backward<taps.value>(conv, grad, strips, threads); });
         for (int64_t j = 0; j < size; j++) {
             total(sums + j * channels, tasks, step, channels, weight_dtype, weight_grad, size - 1 - j, size);
         }

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
-from seqzoo.kernels.native.tensors import DTYPES, Function, dense, fresh
+from seqzoo.kernels.native.tensors import DTYPES, Function, addresses, dense, fresh
 from seqzoo.kernels.torch_operators import define, differentiable
 
 _forward = Function("token_shift_forward")
@@ -33,16 +31,12 @@ def _settings(x, mix, narrow):
     return threads, DTYPES[x.dtype], DTYPES[torch.bfloat16 if narrow else x.dtype]
 
 
-def _addresses(tensors):
-    return (ctypes.c_void_p * len(tensors))(*(z.data_ptr() for z in tensors))
-
-
 def _run(x, mix, last, more, starts, narrow):
     glances = _fake(x, mix, last, more, starts, narrow)
     x, mix, last, more, starts = dense(x, mix, last, more, starts)
     fresh(*glances)
     if x.numel():
-        _forward(*_settings(x, mix, narrow), x, mix, last, starts, more, _addresses(glances), len(mix), *x.shape)
+        _forward(*_settings(x, mix, narrow), x, mix, last, starts, more, addresses(glances), len(mix), *x.shape)
     return glances
 
 
@@ -58,7 +52,7 @@ def _run_backward(grads, x, mix, last, more, starts, narrow):
     if not x.numel():
         return [None if z is None else z.zero_() for z in gradients]
     fresh(gradients[0], gradients[3])
-    inputs = _addresses(grads), x, mix, last, starts, more
+    inputs = addresses(grads), x, mix, last, starts, more
     _backward(*_settings(x, mix, narrow), *inputs, *gradients, len(mix), *x.shape)
     return gradients
 
