@@ -177,7 +177,7 @@ VARIANTS = [
     partial(LongConv, max_length=1, backend="reference"),
     partial(SGConv, max_length=40, kernel_dim=5, decay_min=1.5, decay_max=2.5),
     partial(SGConv, max_length=5, kernel_dim=5, backend="reference"),
-    partial(SwiGLU, hidden=24),
+    partial(SwiGLU, hidden=24, backend="reference"),
 ]
 DEFAULTS = [partial(layer) for layer in LAYERS]
 

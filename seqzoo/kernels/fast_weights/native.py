@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seqzoo.kernels.backends import accumulation_dtype
 from seqzoo.kernels.fast_weights.reference import FastWeightsState
-from seqzoo.kernels.native.tensors import DTYPES, Function, dense, fresh
+from seqzoo.kernels.native.tensors import DTYPES, Function, array_of, dense, fresh
 from seqzoo.kernels.torch_operators import define, differentiable
 
 # As in native.cpp.
@@ -69,10 +69,6 @@ def _unpacked(layers, shapes):
     return tuple(z.unflatten(-1, shape).contiguous() for z, shape in zip(pieces, shapes, strict=True))
 
 
-def _addresses(tensors):
-    return (ctypes.c_void_p * len(tensors))(*(None if z is None else z.data_ptr() for z in tensors))
-
-
 def _settings(q, v, sizes, chunk, tanh, norm_eps):
     """What both functions take first."""
     batch, time, heads, value = v.shape
@@ -99,7 +95,7 @@ def _forward(*inputs):
     tensors = dense(*inputs[:15])
     fresh(results[0], results[-1])
     if results[0].numel():
-        _entry(*settings, _addresses(tensors), _addresses(results))
+        _entry(*settings, array_of(tensors), array_of(results))
     return results
 
 
@@ -120,7 +116,7 @@ def _backward(*given):
         return [None if z is None else z.new_zeros(z.shape) for z in inputs[:13]]
     of_results, tensors = dense(*of_results, kept), dense(*inputs)
     fresh(*gradients[:3])
-    _backward_entry(*_settings(q, v, *settings), _addresses(tensors), _addresses(of_results), _addresses(gradients))
+    _backward_entry(*_settings(q, v, *settings), array_of(tensors), array_of(of_results), array_of(gradients))
     gradients[4:7] = (None if z is None else z.sum(0) for z in gradients[4:7])
     if reach is not None:
         gradients[7] = gradients[7].sum((0, 1))

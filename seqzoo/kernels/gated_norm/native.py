@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from seqzoo.kernels.native.tensors import DTYPES, Function, fresh, rows_of
+from seqzoo.kernels.native.tensors import DTYPES, Function, addresses, fresh, rows_of
 from seqzoo.kernels.torch_operators import define, differentiable
 
 _forward = Function("gated_norm_forward")
@@ -37,19 +37,14 @@ def _threads(x):
     return torch.get_num_threads() if x.numel() > SMALL else 1
 
 
-def _addresses(*tensors):
-    # Tokens may lie apart, which a tensor that is handed over may not.
-    return [0 if x is None else x.data_ptr() for x in tensors]
-
-
 def _run(x, gate, weight, bias, groups, *numbers):
     y = x.new_empty(x.shape)
     fresh(y)
     x, gate = rows_of(x), None if gate is None else rows_of(gate)
     weight, bias = (None if z is None else z.contiguous() for z in (weight, bias))
     if x.numel():
-        addresses = _addresses(x, gate, weight, bias)
-        _forward(_threads(x), DTYPES[x.dtype], *addresses, y, *_settings(x, gate, weight, bias, groups, *numbers))
+        places = addresses(x, gate, weight, bias)
+        _forward(_threads(x), DTYPES[x.dtype], *places, y, *_settings(x, gate, weight, bias, groups, *numbers))
     return y
 
 
@@ -65,7 +60,7 @@ def _run_backward(dy, x, gate, weight, bias, groups, *numbers):
     if not x.numel():
         return [None if z is None else z.zero_() for z in gradients]
     settings = _settings(x, gate, weight, bias, groups, *numbers)
-    _backward(_threads(x), DTYPES[x.dtype], *_addresses(dy, x, gate, weight, bias, *gradients), *settings)
+    _backward(_threads(x), DTYPES[x.dtype], *addresses(dy, x, gate, weight, bias, *gradients), *settings)
     return gradients
 
 

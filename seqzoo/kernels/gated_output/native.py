@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from seqzoo.kernels.native.tensors import DTYPES, Function, fresh, rows_of
+from seqzoo.kernels.native.tensors import DTYPES, Function, addresses, fresh, rows_of
 from seqzoo.kernels.torch_operators import define, differentiable
 
 _forward = Function("gated_output_forward")
@@ -33,16 +33,12 @@ def _prepared(x, gate, skip, weight, activation):
     return (threads, DTYPES[x.dtype], rows, heads, x.shape[-1] // heads, activation, *strides), tensors
 
 
-def _addresses(tensors):
-    return (0 if z is None else z.data_ptr() for z in tensors)
-
-
 def _run(x, gate, skip, weight, activation):
     y = x.new_empty(x.shape)
     fresh(y)
     if x.numel():
         settings, tensors = _prepared(x, gate, skip, weight, activation)
-        _forward(*settings, *_addresses(tensors), y)
+        _forward(*settings, *addresses(*tensors), y)
     return y
 
 
@@ -56,7 +52,7 @@ def _run_backward(dy, x, gate, skip, weight, activation):
     if not x.numel():
         return [None if z is None else z.zero_() for z in gradients]
     settings, tensors = _prepared(x, gate, skip, weight, activation)
-    _backward(*settings, *_addresses(tensors), dy.contiguous(), *_addresses(gradients))
+    _backward(*settings, *addresses(*tensors), dy.contiguous(), *gradients)
     return gradients
 
 

@@ -103,9 +103,14 @@ def dense_rows(*tensors: Tensor) -> list[Any]:
     return found
 
 
-def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Where tensors begin whose tokens may lie apart, which a ``Function`` is not given as they are; 0 for None."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def array_of(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
     """A list of contiguous tensors for C++: an array of pointers, which lives as long as what is returned."""
-    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+    return (ctypes.c_void_p * len(tensors))(*addresses(*tensors))
 
 
 _PREFER_LARGE_PAGES = Function("native_prefer_large_pages")

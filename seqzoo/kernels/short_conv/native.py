@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from seqzoo.kernels.native.tensors import DTYPES, Function, addresses, dense, dense_rows, fresh
+from seqzoo.kernels.native.tensors import DTYPES, Function, array_of, dense, dense_rows, fresh
 from seqzoo.kernels.torch_operators import define, differentiable
 
 _forward = Function("short_conv_forward")
@@ -72,7 +72,7 @@ def _run_split_backward(grads, x, weight, bias, state, starts, widths, silu):
 
 def _cut(parts, widths):
     """Tensors that hold the channels one after the other, as C++ takes them."""
-    return addresses(parts), (ctypes.c_int64 * len(widths))(*widths), len(widths)
+    return array_of(parts), (ctypes.c_int64 * len(widths))(*widths), len(widths)
 
 
 def _convolve(x, weight, bias, state, starts, results, silu):

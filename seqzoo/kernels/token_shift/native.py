@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from seqzoo.kernels.native.tensors import DTYPES, Function, addresses, dense, fresh
+from seqzoo.kernels.native.tensors import DTYPES, Function, array_of, dense, fresh
 from seqzoo.kernels.torch_operators import define, differentiable
 
 _forward = Function("token_shift_forward")
@@ -36,7 +36,7 @@ def _run(x, mix, last, more, starts, narrow):
     x, mix, last, more, starts = dense(x, mix, last, more, starts)
     fresh(*glances)
     if x.numel():
-        _forward(*_settings(x, mix, narrow), x, mix, last, starts, more, addresses(glances), len(mix), *x.shape)
+        _forward(*_settings(x, mix, narrow), x, mix, last, starts, more, array_of(glances), len(mix), *x.shape)
     return glances
 
 
@@ -52,7 +52,7 @@ def _run_backward(grads, x, mix, last, more, starts, narrow):
     if not x.numel():
         return [None if z is None else z.zero_() for z in gradients]
     fresh(gradients[0], gradients[3])
-    inputs = addresses(grads), x, mix, last, starts, more
+    inputs = array_of(grads), x, mix, last, starts, more
     _backward(*_settings(x, mix, narrow), *inputs, *gradients, len(mix), *x.shape)
     return gradients
 
