@@ -66,11 +66,7 @@ class SplitCausalConv(CausalConv):
     """A ``CausalConv`` whose output comes in several tensors, one for each that reads some of the channels.
 
     Args:
-        widths: channels of each tensor, at least 1.
-        size: taps of each filter, at least 1; the state holds ``size - 1`` inputs.
-        bias: whether a constant is learned for each channel.
-        activation: applied last.
-        backend: passed to the operator.
+        widths: channels of each tensor, at least 1. All else is as in ``CausalConv``.
 
     Raises:
         ValueError: ``size`` is below 1.

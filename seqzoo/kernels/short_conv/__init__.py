@@ -87,23 +87,17 @@ def split_short_conv(
     activation: Literal["silu"] | None = None,
     backend: str = "auto",
 ) -> tuple[tuple[Float[Tensor, "batch time _"], ...], Float[Tensor, "batch size_minus_one channel"]]:
-    """``short_conv`` with its outputs cut into tensors of ``widths`` channels.
+    """``short_conv`` with its outputs cut into tensors of ``widths`` channels; all other arguments are the same.
 
     Args:
-        x: inputs.
         widths: channels of each tensor, at least 1, together those of ``x``.
-        weight: one filter a channel, oldest tap first; ``size >= 1``.
-        bias: added before the activation.
-        state: as in ``short_conv``, of all channels.
-        starts: True where a new document begins.
-        activation: applied last.
         backend: ``auto`` or a name in ``IMPLEMENTATIONS``: ``native`` writes dense tensors, all others cut one.
 
     Returns:
         The outputs in the dtype of ``x``, and the new state of all channels.
 
     Raises:
-        ValueError: shapes do not fit together, or ``activation`` or ``backend`` cannot serve.
+        ValueError: shapes or ``widths`` do not fit together, or ``activation`` or ``backend`` cannot serve.
     """
     _check(x, weight, bias, state, starts, activation)
     widths = list(widths)
